@@ -1,0 +1,1 @@
+"""The laboratory: cards, systems, runs, claims, cost, reports."""

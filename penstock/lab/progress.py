@@ -1,0 +1,54 @@
+"""Progress on standard error: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Says how far a run is.
+
+    Args:
+        quiet: say nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._last = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of its own; text is shown as it is, never as markup."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[None]:
+        """A stage of ``total`` steps; `advance` moves it."""
+        if not self.console.is_terminal:
+            self.say(f"{title} ...")
+            start = time.monotonic()
+            yield
+            self.say(f"{title}: done in {time.monotonic() - start:.0f} s")
+            return
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                   TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
+        with Progress(*columns, console=self.console) as self._progress:
+            self._task = self._progress.add_task(title, total=total or None, note="")
+            yield
+        self._progress = None
+
+    def advance(self, step: int, note: str) -> None:
+        """The stage is at ``step``."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, note=note)
+
+    def milestone(self, text: str) -> None:
+        """Something worth a line where there is no bar (a validation)."""
+        if self._progress is None:
+            self.say(f"  {text}")

@@ -1,0 +1,3 @@
+"""report.html"""
+def write_report(folder):
+    return folder.path / "report.html"

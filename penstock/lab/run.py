@@ -1,0 +1,385 @@
+"""A run: every arm with the same budget and seeds, tested, costed, watched, and the claims judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from penstock._version import __version__
+from penstock.data.base import Data, Source
+from penstock.errors import UserError
+from penstock.gates import watch
+from penstock.gates.core import GateNotFoundError, named_gates
+from penstock.lab.cards import card
+from penstock.lab.config import from_dict, override, to_dict
+from penstock.lab.cost import cost
+from penstock.lab.progress import Reporter
+from penstock.lab.results import Judgement, Results
+from penstock.lab.store import FORMAT, RunFolder, write_atomically
+from penstock.lab.system import System, system
+from penstock.lab.train import (
+    Hardware,
+    NonFiniteError,
+    Trained,
+    hush,
+    restore_stage,
+    seed_all,
+    test,
+    train_stage,
+)
+
+#: Batches of the test split on which gates are watched for the final statistics.
+_WATCHED_BATCHES = 20
+
+
+@dataclass
+class Options:
+    """What every run can be told, beside the system's own configuration."""
+
+    data: Path | None = None
+    """Your own data; default: the embedded data set."""
+    test: Path | None = None
+    """A test set of your own; default: a part of the data."""
+    label: str | None = None
+    """The column that holds the label, for tables."""
+    seeds: int = 1
+    """Train every arm this many times; verdicts need at least 2, better 3."""
+    quick: bool = False
+    """A smaller budget (under a minute), the same mechanism."""
+    arms: tuple[str, ...] = ()
+    """Train only these arms (default all)."""
+    out: Path | None = None
+    """The run folder; default runs/<name>-<time>."""
+    resume: Path | None = None
+    """Go on with this run folder."""
+    json: bool = False
+    """Print results.json on standard output and nothing else."""
+    hardware: Hardware = field(default_factory=Hardware)
+
+    @property
+    def source(self) -> Source:
+        return Source(self.data, self.test, self.label)
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked before anything is written."""
+
+    system: System[Any]
+    config: Any
+    options: Options
+    data: Data
+    arms: dict[str, Callable[[], nn.Module]]
+    reporter: Reporter
+
+    @classmethod
+    def prepare(cls, found: System[Any], config: Any, options: Options, reporter: Reporter) -> Job:
+        """Read the data and try every arm's sizes.
+
+        Raises:
+            UserError: for data that cannot be used or sizes that cannot be met.
+        """
+        if options.seeds < 1:
+            raise UserError(f"--seeds {options.seeds}: at least 1")
+        with _user_errors():
+            data = found.load_data(config, options.source)
+            arms = found.arms(config, data.spec)
+            if unknown := set(options.arms) - set(arms):
+                raise UserError(f"--arms {' '.join(sorted(unknown))}: there is no such arm; there are {', '.join(arms)}")
+            chosen = {name: build for name, build in arms.items() if not options.arms or name in options.arms}
+            for build in chosen.values():
+                with torch.device("meta"):
+                    build()
+        return cls(found, config, options, data, chosen, reporter)
+
+    def execute(self, folder: RunFolder) -> dict[str, Any]:
+        """Train, test and judge; returns what stands in ``results.json``."""
+        hush()
+        cells, trials = [], {}
+        if main_process():
+            folder.write_json("data.json", self.data.spec)
+        for seed in range(self.options.seeds):
+            for arm in self.arms:
+                cells.append(self._cell(folder, arm, seed))
+        for name, trial in self.system.trials.items():
+            trials[name] = [self._trial(folder, name, seed) for seed in range(1 if self.options.quick else max(trial.seeds, self.options.seeds))]
+        results = self.summarise(Results([c for c in cells if "failed" not in c], trials), cells)
+        if main_process():
+            folder.write_log(row for cell in cells for row in cell.get("curves", []))
+            folder.write_json("results.json", results)
+        return results
+
+    def _cell(self, folder: RunFolder, arm: str, seed: int) -> dict[str, Any]:
+        path = folder.cell(arm, seed)
+        if path.exists():
+            return json.loads(path.read_text())
+        model = self._built(arm, seed)
+        try:
+            trained, seconds = self._train(folder, arm, seed, model)
+        except NonFiniteError as error:
+            self.reporter.say(f"{arm} seed {seed} stopped: {error}")
+            cell: dict[str, Any] = {"arm": arm, "seed": seed, "failed": str(error)}
+        else:
+            task = trained[-1].task
+            metrics = test(task, self.options.hardware)
+            task.model.eval()
+            metrics |= self.system.measure(arm, task, self.config, self.data, seed)
+            batch = next(iter(self.data.test(task.train_config.batch_size)))
+            cell = {
+                "arm": arm,
+                "seed": seed,
+                "metrics": metrics,
+                "cost": cost(task, batch) | {"train_seconds": seconds},
+                "gates": self._watched(task),
+                "gate_history": [step for stage in trained for step in stage.gate_history],
+                "curves": [row for stage in trained for row in stage.rows],
+            }
+            if main_process():
+                folder.save_model(arm, seed, model)
+        if main_process():
+            folder.write_json(str(path.relative_to(folder.path)), cell)
+        return cell
+
+    def _built(self, arm: str, seed: int) -> nn.Module:
+        seed_all(seed)
+        with _user_errors():
+            return self.arms[arm]()
+
+    def _train(self, folder: RunFolder, arm: str, seed: int, model: nn.Module) -> tuple[list[Trained], float]:
+        done: list[Trained] = []
+        stages = self.system.stages(arm, model, self.config, self.data)
+        seconds = 0.0
+        for number, make in enumerate(stages):
+            stage = make()
+            stage.task.seed = seed
+            path = folder.path / "checkpoints" / f"{arm}.seed{seed}.{stage.name}.ckpt"
+            mark = path.with_suffix(".done")
+            if mark.exists():
+                done.append(restore_stage(stage, path))
+            else:
+                seed_all(seed * 1000 + number + 1)
+                done.append(
+                    train_stage(
+                        stage,
+                        path,
+                        {"arm": arm, "seed": seed},
+                        seed=seed,
+                        hardware=self.options.hardware,
+                        reporter=self.reporter,
+                        save_every=3.0 if self.options.quick else 15.0,
+                    )
+                )
+                if main_process():
+                    write_atomically(mark, f"{seconds_text(done[-1].seconds)}\n")
+            seconds += done[-1].seconds
+        return done, seconds
+
+    def _watched(self, task: Any) -> dict[str, Any]:
+        try:
+            log = watch(task.model)
+        except GateNotFoundError:
+            return {}
+        with torch.no_grad(), log:
+            for number, batch in enumerate(self.data.test(task.train_config.batch_size)):
+                if number == _WATCHED_BATCHES:
+                    break
+                task.step(batch)
+        return log.to_dict()
+
+    def _trial(self, folder: RunFolder, name: str, seed: int) -> dict[str, float]:
+        path = folder.path / "trials" / f"{name}.seed{seed}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        trial = self.system.trials[name]
+        seed_all(seed)
+        with self.reporter.bar(f"{trial.what}, seed {seed}", 0):
+            measured = trial.run(self.config, seed)
+        if main_process():
+            folder.write_json(str(path.relative_to(folder.path)), measured)
+        return measured
+
+    def summarise(self, results: Results, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """``results.json``: arms with means over seeds, gates, trials, and the claims' verdicts."""
+        arms: dict[str, Any] = {}
+        for arm in self.arms:
+            own = [c for c in results.cells if c["arm"] == arm]
+            failed = {c["seed"]: c["failed"] for c in cells if c["arm"] == arm and "failed" in c}
+            if own:
+                arms[arm] = {
+                    "metrics": {name: _spread([c["metrics"][name] for c in own]) for name in own[0]["metrics"]},
+                    "cost": {name: statistics.fmean(c["cost"][name] for c in own) for name in own[0]["cost"]},
+                    "gates": [{"name": name} | gate for name, gate in own[0]["gates"].items()],
+                    "gate_history": own[0]["gate_history"],
+                }
+                arms[arm]["cost"]["parameters"] = own[0]["cost"]["parameters"]
+            else:
+                arms[arm] = {"metrics": {}, "cost": {}, "gates": []}
+            if failed:
+                arms[arm]["failed"] = failed
+        says = {claim.id: claim.says for claim in card(self.system.name).claims}
+        measured = self.system.claims(self.config, results)
+        judgements = [Judgement(k, says[k], e if isinstance(e, list) else [e]) for k, e in measured.items()]
+        return {
+            "system": self.system.name,
+            "version": __version__,
+            "config": to_dict(self.config),
+            "seeds": list(range(self.options.seeds)),
+            "quick": self.options.quick,
+            "data": self.data.describe(),
+            "leaderboard": dict(self.system.task.leaderboard),
+            "arms": arms,
+            "trials": results.trials,
+            "claims": [j.to_dict() for j in judgements],
+            "not_judged": [k for k in says if k not in measured],
+            "environment": environment(),
+            "command": command(),
+        }
+
+
+def run(name: str, config: Any, options: Options, *, reporter: Reporter | None = None) -> tuple[RunFolder, dict[str, Any]]:
+    """Run a system as ``penstock run`` does.
+
+    Args:
+        name: of the system.
+        config: its configuration, a ``System.Config``.
+        options: data, seeds, folder, hardware.
+
+    Returns:
+        the run folder and the content of ``results.json``.
+
+    Raises:
+        UserError: for anything the user can mend; nothing is written then.
+    """
+    reporter = reporter or Reporter()
+    found = system(name)
+    if options.resume is not None:
+        folder = RunFolder.open(options.resume, write=main_process())
+        config, options = _resumed(found, folder, options)
+        job = Job.prepare(found, config, options, reporter)
+    else:
+        if options.quick:
+            config = override(config, found.quick)
+        job = Job.prepare(found, config, options, reporter)
+        folder = _new_folder(name, options)
+        if main_process():
+            write_atomically(folder.path / "config.yaml", yaml.safe_dump(_about(job), sort_keys=False, allow_unicode=True))
+    try:
+        results = job.execute(folder)
+        if main_process():
+            from penstock.lab.report import write_report
+
+            write_report(folder)
+    finally:
+        folder.release()
+    return folder, results
+
+
+def _new_folder(name: str, options: Options) -> RunFolder:
+    """A folder of our own, or, in the other processes of a distributed run, the first one's."""
+    if main_process():
+        return RunFolder.create(name, options.out)
+    return RunFolder(options.out or Path("runs") / name)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    options = job.options
+    return {
+        "format": FORMAT,
+        "system": job.system.name,
+        "version": __version__,
+        "command": command(),
+        "seeds": options.seeds,
+        "quick": options.quick,
+        "arms": list(options.arms),
+        # Absolute, so that a run is resumed from anywhere.
+        "data": {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(options.source).items()},
+        "hardware": vars(options.hardware),
+        "config": to_dict(job.config),
+    }
+
+
+def _resumed(found: System[Any], folder: RunFolder, options: Options) -> tuple[Any, Options]:
+    about = folder.about
+    if about["system"] != found.name:
+        raise UserError(f"--resume {folder.path}: is a run of {about['system']}, not of {found.name}")
+    source = {k: Path(v) if v is not None and k != "label" else v for k, v in about["data"].items()}
+    resumed = Options(
+        **source,
+        seeds=max(about["seeds"], options.seeds),
+        quick=about["quick"],
+        arms=tuple(about["arms"]),
+        resume=folder.path,
+        json=options.json,
+        hardware=Hardware(**about["hardware"]),
+    )
+    return from_dict(found.Config, about["config"], where=str(folder.path / "config.yaml")), resumed
+
+
+def main_process() -> bool:
+    """Whether this process writes the run's files."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(terse=True),
+        "processor": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def command() -> str:
+    """The command line that started this process, as one would type it."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["penstock" if program in ("__main__.py", "penstock") else program, *sys.argv[1:]])
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.1f} s"
+
+
+def gate_names(model: nn.Module) -> list[str]:
+    """The dotted names of a model's gates, none for an ungated one."""
+    try:
+        return list(named_gates(model))
+    except GateNotFoundError:
+        return []
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "values": values}
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Impossible sizes are ValueErrors of the models: to the command line they are the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def describe_data(data: Mapping[str, Any]) -> str:
+    """The data set in one line."""
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in data.items())

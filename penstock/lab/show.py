@@ -1,0 +1,99 @@
+"""Results on the terminal: tables where there is one, plain aligned lines elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+_MARKS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
+
+
+def number(value: Any) -> str:
+    """A figure as a person reads it."""
+    if value is None:
+        return "-"
+    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1e4):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def show_results(results: dict[str, Any], folder: Path) -> None:
+    """Arms with metrics and cost, gates, claims, and where the report is."""
+    console = Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 140)
+    seeds = len(results["seeds"])
+    board = results["leaderboard"]
+    columns = ["parameters", "flops", "latency_ms", "peak_memory_mb", "train_seconds"]
+    if any(abs(a["cost"].get("flops_spent", 0) - a["cost"].get("flops", 0)) > 0.5 for a in results["arms"].values()):
+        columns.insert(2, "flops_spent")
+    table = _table(f"{results['system']}: {seeds} seed{'s' if seeds > 1 else ''}", ["arm", *board, *columns])
+    for name, arm in results["arms"].items():
+        if arm.get("failed") and not arm["metrics"]:
+            table.add_row(Text(name), Text("stopped: " + next(iter(arm["failed"].values())), style="red"))
+            continue
+        metrics = [_spread(arm["metrics"].get(m)) for m in board]
+        table.add_row(Text(name), *metrics, *(number(arm["cost"].get(c)) for c in columns))
+    console.print(table)
+    gated = next((arm for arm in results["arms"].values() if arm["gates"]), None)
+    if gated:
+        console.print(_gate_table(gated["gates"]))
+    if results["claims"]:
+        console.print(_claim_table(results["claims"]))
+    for claim in results["not_judged"]:
+        console.print(f"not judged in this run (it needs other data or arms): {claim}")
+    if seeds < 2:
+        console.print("one seed gives no interval, so comparisons of arms stay undecided: add --seeds 3")
+    report = folder / "report.html"
+    console.print(f"report: {report}" if report.exists() else f"run folder: {folder}", soft_wrap=True)
+
+
+def show_leaderboard(board: dict[str, Any], folder: Path) -> None:
+    """The rows of a comparison."""
+    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    metrics = list(board["leaderboard"])
+    extra = [k for k in ("parameters", "flops", "latency_ms", "train_seconds") if any(k in r["cost"] for r in board["rows"])]
+    table = _table("leaderboard", ["system", *metrics, *extra])
+    for row in board["rows"]:
+        table.add_row(Text(row["name"]), *(_spread(row["metrics"].get(m)) for m in metrics), *(number(row["cost"].get(c)) for c in extra))
+    console.print(table)
+    console.print(f"run folder: {folder}", soft_wrap=True)
+
+
+def _table(title: str, columns: list[str]) -> RichTable:
+    table = RichTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
+    return table
+
+
+def _spread(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    return number(metric["mean"]) + (f" ± {metric['std']:.2g}" if len(metric["values"]) > 1 else "")
+
+
+def _gate_table(gates: list[dict[str, Any]]) -> RichTable:
+    columns = ["mean", "std", "below_05", "above_95", "from_input", "effective", "dead", "entropy", "load_cv", "unused"]
+    used = [c for c in columns if any(g.get(c) is not None for g in gates)]
+    table = _table("gates of the gated arm", ["gate", "kind", *used])
+    for gate in gates[:24]:
+        table.add_row(Text(gate["name"] or "(model)"), gate["kind"], *(number(gate.get(c)) for c in used))
+    if len(gates) > 24:
+        table.add_row(f"... and {len(gates) - 24} more (all in results.json)")
+    return table
+
+
+def _claim_table(claims: list[dict[str, Any]]) -> RichTable:
+    table = _table("claims", ["claim", "measured", "mean", "95% interval", "must be", "verdict"])
+    for claim in claims:
+        for place, part in enumerate(claim["parts"]):
+            interval = part["interval"]
+            between = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "-"
+            verdict = Text(claim["verdict"], style=_MARKS[claim["verdict"]]) if place == 0 else Text("")
+            table.add_row(
+                Text(claim["id"] if place == 0 else ""), Text(part["what"]), number(part["measured"]), Text(between), part["must_be"], verdict
+            )
+    return table

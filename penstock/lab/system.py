@@ -1,0 +1,129 @@
+"""What a system tells the laboratory; one subclass a paper, in its ``experiment.py``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from torch import nn
+
+from penstock.data.base import Data, Source
+from penstock.lab.results import Effect, Results
+from penstock.tasks.base import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a model; most systems have one, two-stage papers have two.
+
+    Attributes:
+        task: what Lightning trains. A later stage's `task` is built after the earlier one has finished.
+        name: shown while it trains and used in checkpoint names.
+    """
+
+    task: Task
+    name: str = "train"
+
+
+@dataclass(frozen=True)
+class Trial(Generic[C]):
+    """A side experiment that a claim needs and that no arm of the main job shows.
+
+    Attributes:
+        run: from (config, seed) to named numbers; trains what it needs.
+        seeds: how many are run whatever ``--seeds`` says (it takes seconds).
+        what: one line for the progress display.
+    """
+
+    run: Callable[[C, int], dict[str, float]]
+    what: str
+    seeds: int = 3
+
+
+class System(ABC, Generic[C]):
+    """A published system, ready to be run beside its ungated twin.
+
+    Class attributes:
+        Config: a dataclass with every size and setting; it must have a field ``train: Training`` and usually
+            ``data``. Its fields become command-line flags; their docstrings become the help.
+        task: the task class its arms are trained by.
+        quick: what ``--quick`` changes, by dotted field name: a smaller budget, the same mechanism.
+        trials: side experiments by name.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Any]]
+    task: ClassVar[type[Task]]
+    quick: ClassVar[Mapping[str, Any]] = {}
+    trials: ClassVar[Mapping[str, Trial[Any]]] = {}
+
+    @abstractmethod
+    def load_data(self, config: C, source: Source) -> Data:
+        """The embedded default, or the user's own.
+
+        Raises:
+            UserError: if the user's data cannot be used.
+        """
+
+    @abstractmethod
+    def arms(self, config: C, spec: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
+        """Named builders of the models to train: "gated" first, then "ungated" and the paper's baselines.
+
+        Args:
+            config: the system's configuration.
+            spec: the data's ``spec``.
+
+        Raises:
+            ValueError: for impossible sizes.
+        """
+
+    def stages(self, arm: str, model: nn.Module, config: C, data: Data) -> list[Callable[[], Stage]]:
+        """How an arm is trained: one stage by its task, unless the paper does it otherwise."""
+        return [lambda: Stage(self.task(model, config.train, data))]  # type: ignore[attr-defined]
+
+    def measure(self, arm: str, task: Task, config: C, data: Data, seed: int) -> dict[str, float]:
+        """Further numbers of a trained arm (interventions, sinks), added to its test metrics."""
+        return {}
+
+    @abstractmethod
+    def claims(self, config: C, results: Results) -> dict[str, Effect | list[Effect]]:
+        """What each claim of the card comes to, by its id. A claim that needs arms or data not in this run is left out."""
+
+    def figures(self, config: C, results: Results) -> dict[str, Figure]:
+        """Pictures of the whole run for the report, by title."""
+        return {}
+
+
+@dataclass
+class Registry:
+    """Loads systems by name; nothing is imported before it is asked for."""
+
+    loaded: dict[str, System[Any]] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> System[Any]:
+        """The system called ``name``.
+
+        Raises:
+            UserError: if there is none, or it is not built yet.
+        """
+        from importlib import import_module
+
+        from penstock.errors import UserError
+        from penstock.lab.cards import card
+
+        found = card(name)
+        if not found.ready:
+            raise UserError(f"{name} has a card but is not built yet; `penstock list` shows what is ready")
+        if name not in self.loaded:
+            self.loaded[name] = import_module(f"{found.module}.experiment").SYSTEM
+        return self.loaded[name]
+
+
+system = Registry()

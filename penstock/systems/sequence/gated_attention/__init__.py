@@ -1,0 +1,1 @@
+"""Gated Attention for Large Language Models (Qiu et al. 2025)."""
