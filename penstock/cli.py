@@ -11,9 +11,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from penstock._version import __version__
 from penstock.errors import UserError, nearest
@@ -186,8 +187,8 @@ def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]
     flags = dataclasses.make_dataclass(
         "Flags",
         [
-            ("options", tyro.conf.OmitArgPrefixes[Options], dataclasses.field(default_factory=Options)),
-            ("config", tyro.conf.OmitArgPrefixes[found.Config], dataclasses.field(default_factory=found.Config)),
+            ("options", Annotated[Options, tyro.conf.arg(name="")], dataclasses.field(default_factory=Options)),
+            ("config", Annotated[found.Config, tyro.conf.arg(name="")], dataclasses.field(default_factory=found.Config)),
         ],
     )
     parsed = tyro.cli(
@@ -239,6 +240,9 @@ def _launch(options: Options, arguments: list[str]) -> int:
             f"--num-nodes {hardware.num_nodes}: start it on every machine with `torchrun --nnodes {hardware.num_nodes} "
             f"--nproc-per-node {hardware.devices} ... -m penstock {' '.join(arguments[:2])} ...`"
         )
+    if options.out is None and options.resume is None:
+        # One name for all processes: each would make up its own.
+        arguments = [*arguments, "--out", f"runs/{arguments[1]}-{time.strftime('%Y%m%d-%H%M%S')}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(hardware.devices), "-m", "penstock"]
     environment = os.environ | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // hardware.devices, 1))}
     return subprocess.run([*torchrun, *arguments], env=environment, check=False).returncode

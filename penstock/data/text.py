@@ -5,7 +5,6 @@ Shape legend: B batch, L window length.
 
 from __future__ import annotations
 
-import codecs
 import json
 import sysconfig
 import zlib
@@ -27,6 +26,8 @@ Split = Literal["train", "validation", "test"]
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 #: Stands between documents: a byte that text does not hold, or the tokenizer's end of text.
 _SEPARATOR = 0
+#: Fewer documents than this are cut by position as one text.
+_FEWEST_DOCUMENTS = 20
 
 
 @dataclass
@@ -149,8 +150,8 @@ class TextData(Data):
 def read_text(config: TextConfig, source: Source) -> TextData:
     """The embedded default, or the user's text.
 
-    Documents (files of the default, records of .jsonl and .parquet) go whole into one split, chosen by a hash of
-    their content; a single .txt is cut by position, its end being validation and test.
+    Documents (files of the default, records of .jsonl and .parquet) go whole into one split, in the order of a hash
+    of their content; a single .txt is cut by position, its end being validation and test.
 
     Raises:
         UserError: if a file is missing, empty, not UTF-8 (with the offset), not of its format (with the line), or
@@ -172,7 +173,7 @@ def read_text(config: TextConfig, source: Source) -> TextData:
     ratios = (config.validation_ratio, 0.0 if source.test else config.test_ratio)
     splits, size = _cut(documents, tokenizer, ratios)
     if source.test is not None:
-        splits["test"], _ = _join([tokenizer.encode(text) for text in read_documents(source.test, config.column)])
+        splits["test"] = _join([tokenizer.encode(text) for text in read_documents(source.test, config.column)])
     tokens = sum(len(part) for part in splits.values())
     spec = {
         "tokenizer": config.tokenizer,
@@ -258,25 +259,27 @@ def _standard_library(limit: int) -> Iterator[str]:
 
 
 def _cut(documents: Iterable[str], tokenizer: Tokenizer, ratios: tuple[float, float]) -> tuple[dict[Split, np.ndarray[Any, Any]], int]:
-    texts = list(documents)
-    size = sum(len(text.encode()) for text in texts)
-    if len(texts) == 1:
-        tokens, _ = _join([tokenizer.encode(texts[0])])
+    """Tokens of each split, and how many bytes of text there are."""
+    encoded = [(zlib.crc32(raw), len(raw), tokenizer.encode(text)) for text in documents for raw in [text.encode()]]
+    size = sum(length for _, length, _ in encoded)
+    if len(encoded) < _FEWEST_DOCUMENTS:
+        tokens = _join([tokens for _, _, tokens in encoded])
         test = len(tokens) - int(len(tokens) * ratios[1])
         validation = test - int(len(tokens) * ratios[0])
         return {"train": tokens[:validation], "validation": tokens[validation:test], "test": tokens[test:]}, size
     parts: dict[Split, list[np.ndarray[Any, Any]]] = {name: [] for name in _SPLITS}
-    for text in texts:
-        place = zlib.crc32(codecs.encode(text, "utf-8")) / 2**32
-        split: Split = "validation" if place < ratios[0] else "test" if place < sum(ratios) else "train"
-        parts[split].append(tokenizer.encode(text))
-    return {name: _join(part)[0] for name, part in parts.items()}, size
+    # In the order of a hash, so that the splits are fair samples and the same every time.
+    before = 0
+    for _, length, tokens in sorted(encoded, key=lambda one: one[0]):
+        place = before / size
+        parts["validation" if place < ratios[0] else "test" if place < sum(ratios) else "train"].append(tokens)
+        before += length
+    return {name: _join(part) for name, part in parts.items()}, size
 
 
-def _join(parts: list[np.ndarray[Any, Any]]) -> tuple[np.ndarray[Any, Any], int]:
+def _join(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """Documents one after the other, each behind a separator."""
     if not parts:
-        return np.zeros(0, dtype=np.uint8), 0
+        return np.zeros(0, dtype=np.uint8)
     separator = np.full(1, _SEPARATOR, dtype=parts[0].dtype)
-    joined = np.concatenate([piece for part in parts for piece in (separator, part)])
-    return joined, len(joined)
+    return np.concatenate([piece for part in parts for piece in (separator, part)])

@@ -1,1 +1,1 @@
-
+"""Where Penstock meets what people already use."""

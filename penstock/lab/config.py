@@ -72,3 +72,15 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
         for name, value in nested.items()
     }
     return dataclasses.replace(config, **direct)  # type: ignore[type-var]
+
+
+def untouched(config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``changes`` whose field still has its default in ``config``: what a person set by hand stays."""
+    default = type(config)()
+    return {name: value for name, value in changes.items() if _at(config, name) == _at(default, name)}
+
+
+def _at(config: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 import yaml
 from torch import nn
 
@@ -25,7 +26,7 @@ from penstock.errors import UserError
 from penstock.gates import watch
 from penstock.gates.core import GateNotFoundError, named_gates
 from penstock.lab.cards import card
-from penstock.lab.config import from_dict, override, to_dict
+from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.cost import cost
 from penstock.lab.progress import Reporter
 from penstock.lab.results import Judgement, Results
@@ -35,6 +36,7 @@ from penstock.lab.train import (
     Hardware,
     NonFiniteError,
     Trained,
+    check_budget,
     hush,
     restore_stage,
     seed_all,
@@ -68,7 +70,7 @@ class Options:
     """Go on with this run folder."""
     json: bool = False
     """Print results.json on standard output and nothing else."""
-    hardware: Hardware = field(default_factory=Hardware)
+    hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
 
     @property
     def source(self) -> Source:
@@ -87,8 +89,8 @@ class Job:
     reporter: Reporter
 
     @classmethod
-    def prepare(cls, found: System[Any], config: Any, options: Options, reporter: Reporter) -> Job:
-        """Read the data and try every arm's sizes.
+    def prepare(cls, found: System[Any], config: Any, options: Options, reporter: Reporter, *, data: Data | None = None) -> Job:
+        """Read the data (unless given) and try every arm's sizes.
 
         Raises:
             UserError: for data that cannot be used or sizes that cannot be met.
@@ -96,7 +98,7 @@ class Job:
         if options.seeds < 1:
             raise UserError(f"--seeds {options.seeds}: at least 1")
         with _user_errors():
-            data = found.load_data(config, options.source)
+            data = data or found.load_data(config, options.source)
             arms = found.arms(config, data.spec)
             if unknown := set(options.arms) - set(arms):
                 raise UserError(f"--arms {' '.join(sorted(unknown))}: there is no such arm; there are {', '.join(arms)}")
@@ -104,6 +106,7 @@ class Job:
             for build in chosen.values():
                 with torch.device("meta"):
                     build()
+            check_budget(config.train, len(data.train(config.train.batch_size, 0)))
         return cls(found, config, options, data, chosen, reporter)
 
     def execute(self, folder: RunFolder) -> dict[str, Any]:
@@ -180,7 +183,6 @@ class Job:
                         seed=seed,
                         hardware=self.options.hardware,
                         reporter=self.reporter,
-                        save_every=3.0 if self.options.quick else 15.0,
                     )
                 )
                 if main_process():
@@ -206,7 +208,7 @@ class Job:
             return json.loads(path.read_text())
         trial = self.system.trials[name]
         seed_all(seed)
-        with self.reporter.bar(f"{trial.what}, seed {seed}", 0):
+        with self.reporter.bar(f"{trial.what}, seed {seed}", 0), one_thread():
             measured = trial.run(self.config, seed)
         if main_process():
             folder.write_json(str(path.relative_to(folder.path)), measured)
@@ -272,7 +274,7 @@ def run(name: str, config: Any, options: Options, *, reporter: Reporter | None =
         job = Job.prepare(found, config, options, reporter)
     else:
         if options.quick:
-            config = override(config, found.quick)
+            config = override(config, untouched(config, found.quick))
         job = Job.prepare(found, config, options, reporter)
         folder = _new_folder(name, options)
         if main_process():
@@ -354,6 +356,17 @@ def command() -> str:
 
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f} s"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Trials are tiny: a second thread would spend its time waiting, and on a busy machine much more than that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def gate_names(model: nn.Module) -> list[str]:

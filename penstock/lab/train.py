@@ -75,15 +75,14 @@ class Keeper(Callback):
     """Saves often, restores exactly: weights, optimiser, position in the data, random state, curves, best weights.
 
     Args:
-        path: of the checkpoint of this stage.
-        every: seconds between checkpoints.
+        path: of the checkpoint of this stage; saving takes at most a twentieth of the time.
         curves: restored with the rest, so that a resumed run has whole curves.
         best: keep the weights of the best validation and put them back at the end.
     """
 
-    def __init__(self, path: Path, every: float, curves: Curves, *, best: bool) -> None:
-        self.path, self.every, self.curves, self.best = path, every, curves, best
-        self._saved = 0.0
+    def __init__(self, path: Path, curves: Curves, *, best: bool) -> None:
+        self.path, self.curves, self.best = path, curves, best
+        self._next_save = 0.0
         self._random: dict[str, Any] | None = None
         self.best_score: float | None = None
         self.best_state: dict[str, torch.Tensor] | None = None
@@ -102,7 +101,7 @@ class Keeper(Callback):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             kept = f"last finite checkpoint: {self.path}" if self.path.exists() else "there is no checkpoint yet"
             raise NonFiniteError(f"the loss is {float(loss)} at step {trainer.global_step} (learning rate {rate:.3g}); {kept}")
-        if time.monotonic() - self._saved > self.every:
+        if time.monotonic() > self._next_save:
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -121,8 +120,10 @@ class Keeper(Callback):
         self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
+        start = time.monotonic()
         trainer.save_checkpoint(self.path)  # Lightning writes to a temporary file and renames it
-        self._saved = time.monotonic()
+        now = time.monotonic()
+        self._next_save = now + max(1.0, 20 * (now - start))
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state()
@@ -194,8 +195,16 @@ class Trained:
     seconds: float
 
 
-def steps_of(train: Training, batches: int) -> int:
-    """How many optimiser steps a stage takes."""
+def check_budget(train: Training, batches: int) -> int:
+    """How many optimiser steps a stage takes.
+
+    Raises:
+        UserError: if that is none.
+    """
+    if train.steps <= 0 and train.epochs <= 0:
+        raise UserError("--train.steps and --train.epochs are both 0: one must be positive")
+    if batches == 0:
+        raise UserError("the training split is empty")
     return train.steps or train.epochs * batches
 
 
@@ -207,7 +216,6 @@ def train_stage(
     seed: int,
     hardware: Hardware,
     reporter: Reporter,
-    save_every: float,
 ) -> Trained:
     """Train one stage, going on from the checkpoint at ``path`` if there is one.
 
@@ -216,14 +224,10 @@ def train_stage(
         UserError: if the settings give no budget.
     """
     task, train = stage.task, stage.task.train_config
-    if train.steps <= 0 and train.epochs <= 0:
-        raise UserError("--train.steps and --train.epochs are both 0: one must be positive")
     batches = task.data.train(train.batch_size, seed)
-    total = steps_of(train, len(batches))
-    if total == 0:
-        raise UserError(f"--train.batch-size {train.batch_size} is more than the training split has")
+    total = check_budget(train, len(batches))
     curves = Curves(labels | {"stage": stage.name})
-    keeper = Keeper(path, save_every, curves, best=train.patience > 0)
+    keeper = Keeper(path, curves, best=train.patience > 0)
     gates = GateHistory()
     # The keeper comes before early stopping and after everything whose state it must save.
     callbacks: list[Callback] = [gates, Show(reporter), keeper]

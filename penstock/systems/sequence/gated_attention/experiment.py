@@ -36,7 +36,7 @@ _BATCHES = 8
 
 
 @dataclass
-class Config:
+class GatedAttentionConfig:
     """A language model small enough to learn in two minutes on two cores."""
 
     width: int = 128
@@ -65,24 +65,24 @@ class Config:
     train: Training = field(default_factory=lambda: Training(steps=350, batch_size=16, lr=3e-3))
 
 
-class GatedAttentionSystem(System[Config]):
+class GatedAttentionSystem(System[GatedAttentionConfig]):
     """See card.toml."""
 
     name = "gated_attention"
-    Config = Config
+    Config = GatedAttentionConfig
     task = LanguageModelling
     quick = {"width": 64, "depth": 2, "mlp_hidden": 172, "train.steps": 60, "data.max_bytes": 1_500_000}
 
-    def load_data(self, config: Config, source: Source) -> Data:
+    def load_data(self, config: GatedAttentionConfig, source: Source) -> Data:
         return read_text(config.data, source)
 
-    def arms(self, config: Config, spec: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
+    def arms(self, config: GatedAttentionConfig, spec: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
         def builder(gate: Granularity | None) -> Callable[[], nn.Module]:
             return lambda: self._build(config, spec["vocab_size"], gate)
 
         return {"gated": builder("headwise"), "ungated": builder(None), "elementwise": builder("elementwise")}
 
-    def _build(self, config: Config, vocab_size: int, gate: Granularity | None) -> GatedAttentionLM:
+    def _build(self, config: GatedAttentionConfig, vocab_size: int, gate: Granularity | None) -> GatedAttentionLM:
         hidden = config.mlp_hidden
         if gate is not None and config.match_parameters and config.input_dependent:
             units = config.num_heads if config.head_specific else 1
@@ -106,7 +106,7 @@ class GatedAttentionSystem(System[Config]):
         )
 
     @torch.no_grad()
-    def measure(self, arm: str, task: Task, config: Config, data: Data, seed: int) -> dict[str, float]:
+    def measure(self, arm: str, task: Task, config: GatedAttentionConfig, data: Data, seed: int) -> dict[str, float]:
         model = task.model
         assert isinstance(model, GatedAttentionLM)
         batches = list(islice(data.test(config.train.batch_size), _BATCHES))
@@ -127,14 +127,14 @@ class GatedAttentionSystem(System[Config]):
         return measured
 
     @staticmethod
-    def _selective_copy(config: Config, seed: int) -> dict[str, float]:
+    def _selective_copy(config: GatedAttentionConfig, seed: int) -> dict[str, float]:
         measured = {}
         for name, gate in (("ungated", None), ("headwise", "headwise"), ("elementwise", "elementwise")):
             measured |= {f"{name}_{k}": v for k, v in selective_copy(gate, seed).items()}  # type: ignore[arg-type]
         return measured
 
     @staticmethod
-    def _merged(config: Config, seed: int) -> dict[str, float]:
+    def _merged(config: GatedAttentionConfig, seed: int) -> dict[str, float]:
         return {"ungated": merged_projection_error(None, seed), "headwise": merged_projection_error("headwise", seed)}
 
     trials = {
@@ -142,7 +142,7 @@ class GatedAttentionSystem(System[Config]):
         "merged_projections": Trial(_merged, "merging the value and output projections"),
     }
 
-    def claims(self, config: Config, results: Results) -> dict[str, Effect | list[Effect]]:
+    def claims(self, config: GatedAttentionConfig, results: Results) -> dict[str, Effect | list[Effect]]:
         copy, merged = "selective_copy", "merged_projections"
         return {
             "gain": Effect(results.difference("gated", "ungated", "loss"), "<", what="test loss, gated - ungated (nats)"),
@@ -166,7 +166,7 @@ class GatedAttentionSystem(System[Config]):
             ],
         }
 
-    def figures(self, config: Config, results: Results) -> dict[str, Figure]:
+    def figures(self, config: GatedAttentionConfig, results: Results) -> dict[str, Figure]:
         return {"Where nothing comes from (selective copy)": _sink_figure(results)}
 
 
