@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -51,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             close = nearest(command, COMMANDS) or list(COMMANDS)
-            raise UserError(f"no command {command!r}; did you mean {' or '.join(close[:2])}? (penstock --help lists them)")
+            raise UserError(
+                f"no command {command!r}; did you mean {' or '.join(close[:2])}? (penstock --help lists them)"
+            )
         return COMMANDS[command](rest)
     except UserError as error:
         print(f"penstock: {' '.join(str(error).split())}", file=sys.stderr)
@@ -74,7 +75,9 @@ def _overview() -> str:
 
 
 def _parser(command: str, *, usage: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"penstock {command}", usage=usage, description=SUMMARIES[command], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        f"penstock {command}", usage=usage, description=SUMMARIES[command], allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
     return parser
 
@@ -102,7 +105,12 @@ def _list(arguments: list[str]) -> int:
         c for c in cards.all_cards().values() if asked.wing in (None, c.wing) and asked.task in (None, c.task)
     ]  # fmt: skip
     if asked.json:
-        _print_json([{"name": c.name, "title": c.title, "wing": c.wing, "task": c.task, "ready": c.ready, "arxiv": c.arxiv} for c in chosen])
+        _print_json(
+            [
+                {"name": c.name, "title": c.title, "wing": c.wing, "task": c.task, "ready": c.ready, "arxiv": c.arxiv}
+                for c in chosen
+            ]
+        )
         return 0
     width = max((len(c.name) for c in chosen), default=0)
     for c in chosen:
@@ -119,7 +127,9 @@ def _show(arguments: list[str]) -> int:
     if asked.json:
         _print_json(dataclasses.asdict(found) | {"ready": found.ready, "measured": measured})
         return 0
-    print(f"{found.name}: {found.title}\n{found.authors}, {found.date}, arXiv {found.arxiv}\ncode: {found.code} ({found.license})\n")
+    print(
+        f"{found.name}: {found.title}\n{found.authors}, {found.date}, arXiv {found.arxiv}\ncode: {found.code} ({found.license})\n"
+    )
     gate = found.gate
     facts = {
         "wing": f"{found.wing}, task {found.task}",
@@ -164,7 +174,9 @@ def _search(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     hits = cards.search(" ".join(asked.query))
     if asked.json:
-        _print_json([{"name": c.name, "title": c.title, "score": round(score, 4), "ready": c.ready} for c, score in hits])
+        _print_json(
+            [{"name": c.name, "title": c.title, "score": round(score, 4), "ready": c.ready} for c, score in hits]
+        )
         return 0
     if not hits:
         print("nothing matches; `penstock list` shows everything")
@@ -188,10 +200,14 @@ def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]
         "Flags",
         [
             ("options", Annotated[Options, tyro.conf.arg(name="")], dataclasses.field(default_factory=Options)),
-            ("config", Annotated[found.Config, tyro.conf.arg(name="")], dataclasses.field(default_factory=found.Config)),
+            (
+                "config",
+                Annotated[found.Config, tyro.conf.arg(name="")],
+                dataclasses.field(default_factory=found.Config),
+            ),
         ],
     )
-    parsed = tyro.cli(
+    parsed: Any = tyro.cli(
         flags,
         prog=f"penstock {command}",
         description=f"{cards.card(name).title}. {cards.card(name).idea}",
@@ -205,7 +221,9 @@ def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
-            print("usage: penstock run NAME [flags]\n\n`penstock run NAME --help` lists the flags of a system; `penstock list` lists the systems.")
+            print(
+                "usage: penstock run NAME [flags]\n\n`penstock run NAME --help` lists the flags of a system; `penstock list` lists the systems."
+            )
             return 0
         raise UserError("run which system? penstock run NAME; `penstock list` shows them")
     name, *rest = arguments
@@ -243,7 +261,16 @@ def _launch(options: Options, arguments: list[str]) -> int:
     if options.out is None and options.resume is None:
         # One name for all processes: each would make up its own.
         arguments = [*arguments, "--out", f"runs/{arguments[1]}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(hardware.devices), "-m", "penstock"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(hardware.devices),
+        "-m",
+        "penstock",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // hardware.devices, 1))}
     return subprocess.run([*torchrun, *arguments], env=environment, check=False).returncode
 
@@ -254,8 +281,12 @@ def _compare(arguments: list[str]) -> int:
         names.append(arguments.pop(0))
     if "-h" in arguments or "--help" in arguments or len(names) < 2:
         if names or not arguments:
-            raise UserError("compare at least two systems: penstock compare NAME NAME ... [--data PATH] [the flags of the first]")
-        print("usage: penstock compare NAME NAME ... [flags]\n\nThe flags are those of `penstock run` with the first system; data and budget are shared by all.")
+            raise UserError(
+                "compare at least two systems: penstock compare NAME NAME ... [--data PATH] [the flags of the first]"
+            )
+        print(
+            "usage: penstock compare NAME NAME ... [flags]\n\nThe flags are those of `penstock run` with the first system; data and budget are shared by all."
+        )
         return 0
     for name in names:
         cards.card(name)
@@ -321,7 +352,9 @@ def _export(arguments: list[str]) -> int:
     from penstock.interop.export import export
 
     result = export(asked.run, asked.format, arm=asked.arm, seed=asked.seed, output=asked.output)
-    _print_json(result) if asked.json else print(f"{result['file']}: {result['bytes']:,} bytes, largest difference from PyTorch {result['difference']:.1e}")
+    _print_json(result) if asked.json else print(
+        f"{result['file']}: {result['bytes']:,} bytes, largest difference from PyTorch {result['difference']:.1e}"
+    )
     return 0
 
 

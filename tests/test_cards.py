@@ -51,5 +51,5 @@ def test_a_broken_card_names_its_file(tmp_path: Path) -> None:
     path = tmp_path / "wing" / "name" / "card.toml"
     path.parent.mkdir(parents=True)
     path.write_text('title = "x"\n')
-    with pytest.raises(ValueError, match="card.toml"):
+    with pytest.raises(ValueError, match=r"card\.toml"):
         cards.read_card(path)

@@ -48,7 +48,17 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
         main(["run", "gated_attention", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--data", "--seeds", "--quick", "--resume", "--width", "--data.window", "--train.lr", "--strategy", "--precision"):
+    for flag in (
+        "--data",
+        "--seeds",
+        "--quick",
+        "--resume",
+        "--width",
+        "--data.window",
+        "--train.lr",
+        "--strategy",
+        "--precision",
+    ):
         assert flag in text
     assert "Peak learning rate" in text
 
@@ -66,7 +76,9 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
         (["--train.steps", "0"], "both 0"),
     ],
 )
-def test_impossible_runs_write_nothing(flags: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_impossible_runs_write_nothing(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     assert says in refused(capsys, "run", "gated_attention", *flags, "--data.max-bytes", "200000", "--out", str(out))
     assert not out.exists()
@@ -77,7 +89,9 @@ def test_folders_that_are_no_runs(capsys: pytest.CaptureFixture[str], tmp_path: 
                     ["run", "gated_attention", "--resume", str(tmp_path)]):  # fmt: skip
         assert "not a run folder" in refused(capsys, *command)
     (tmp_path / "something").write_text("x")
-    assert "not empty" in refused(capsys, "run", "gated_attention", "--data.max-bytes", "200000", "--out", str(tmp_path))
+    assert "not empty" in refused(
+        capsys, "run", "gated_attention", "--data.max-bytes", "200000", "--out", str(tmp_path)
+    )
 
 
 def test_unknown_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

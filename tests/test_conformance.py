@@ -111,7 +111,9 @@ def test_forcing_acts_on_every_gate(at: Bench) -> None:
     def other(values: Any) -> Any:
         if isinstance(values, Routing):
             dense = values.dense()
-            return Routing.from_dense(torch.rand(dense.shape, generator=generator, dtype=dense.dtype).softmax(-1), values.logits)
+            return Routing.from_dense(
+                torch.rand(dense.shape, generator=generator, dtype=dense.dtype).softmax(-1), values.logits
+            )
         return values * torch.rand(values.shape, generator=generator, dtype=values.dtype)
 
     with torch.no_grad():

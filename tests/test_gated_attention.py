@@ -31,7 +31,9 @@ CONFIG = {
 
 def lm(gate: Any = "headwise", **options: Any) -> GatedAttentionLM:
     torch.manual_seed(0)
-    model = GatedAttentionLM(31, 16, 2, 4, intermediate_size=24, num_kv_heads=2, head_dim=8, gate=gate, **options).double()
+    model = GatedAttentionLM(
+        31, 16, 2, 4, intermediate_size=24, num_kv_heads=2, head_dim=8, gate=gate, **options
+    ).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -117,7 +119,10 @@ def test_query_rows_split_and_join_back(gate: Any, layout: Any) -> None:
 @pytest.mark.parametrize("gate", [None, "headwise", "elementwise"])
 def test_authors_checkpoint_round_trip(gate: Any, tmp_path: Path) -> None:
     model = lm(gate)
-    config = CONFIG | {"headwise_attn_output_gate": gate == "headwise", "elementwise_attn_output_gate": gate == "elementwise"}
+    config = CONFIG | {
+        "headwise_attn_output_gate": gate == "headwise",
+        "elementwise_attn_output_gate": gate == "elementwise",
+    }
     path = tmp_path / "model.pt"
     torch.save({"state_dict": to_authors(model)}, path)
     again = load_authors("gated_attention", path, config=config).eval()
@@ -147,13 +152,17 @@ def test_checkpoint_problems_are_named(tmp_path: Path) -> None:
         load_authors("gated_attention", evil, config=config)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\0" * 20)
-    with pytest.raises(UserError, match="broken.safetensors"):
+    with pytest.raises(UserError, match=r"broken\.safetensors"):
         load_authors("gated_attention", broken, config=config)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"), ({"head_dim": 7}, "even number of channels"), ({}, "must divide hidden_size=18")],
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"head_dim": 7}, "even number of channels"),
+        ({}, "must divide hidden_size=18"),
+    ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):

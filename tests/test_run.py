@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from penstock.cli import main
+from penstock.data.base import Source
 from penstock.errors import UserError
 from penstock.lab.store import RunFolder, load, open_run, write_atomically
 
@@ -36,7 +37,14 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_run_folder_holds_what_the_design_says(finished: Path) -> None:
-    for name in ("config.yaml", "results.json", "report.html", "log.csv", "models/gated/model.safetensors", "models/gated/config.json"):
+    for name in (
+        "config.yaml",
+        "results.json",
+        "report.html",
+        "log.csv",
+        "models/gated/model.safetensors",
+        "models/gated/config.json",
+    ):
         assert (finished / name).is_file(), name
     assert list(finished.glob("checkpoints/*.ckpt"))
     assert not [p for p in finished.rglob(".*") if p.name != ".lock"], "no temporary file is left"
@@ -46,7 +54,9 @@ def test_run_folder_holds_what_the_design_says(finished: Path) -> None:
     loss = found["arms"]["gated"]["metrics"]["loss"]
     assert len(loss["values"]) == 2
     assert loss["mean"] == pytest.approx(sum(loss["values"]) / 2)
-    assert {"parameters", "flops", "latency_ms", "peak_memory_mb", "train_seconds"} <= set(found["arms"]["gated"]["cost"])
+    assert {"parameters", "flops", "latency_ms", "peak_memory_mb", "train_seconds"} <= set(
+        found["arms"]["gated"]["cost"]
+    )
     assert [gate["name"] for gate in found["arms"]["gated"]["gates"]] == ["layers.0.self_attn.gate"]
     assert {"id", "says", "measured", "interval", "verdict"} <= set(found["claims"][0])
 
@@ -61,7 +71,7 @@ def test_log_has_every_validation(finished: Path) -> None:
 def test_saved_model_gives_the_tested_loss(finished: Path) -> None:
     run = open_run(finished)
     model = load(finished)
-    data = run.system.load_data(run.config, _source(run))
+    data = run.system.load_data(run.config, Source.from_dict(run.folder.about["data"]))
     task = run.system.task(model, run.config.train, data)
     total = count = 0.0
     with torch.no_grad():
@@ -69,12 +79,6 @@ def test_saved_model_gives_the_tested_loss(finished: Path) -> None:
             total += float(task.step(batch)[0]) * len(batch)
             count += len(batch)
     assert total / count == pytest.approx(results(finished)["arms"]["gated"]["metrics"]["loss"]["values"][0], abs=1e-5)
-
-
-def _source(run: Any) -> Any:
-    from penstock.data.base import Source
-
-    return Source(**{k: Path(v) if v and k != "label" else v for k, v in run.folder.about["data"].items()})
 
 
 def test_same_seed_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
@@ -136,9 +140,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_diverging_arm_stops_and_names_step_rate_and_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diverging_arm_stops_and_names_step_rate_and_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
-    flags = [*TINY, "--arms", "gated", "--train.steps", "30", "--train.clip-norm", "0", "--train.optimizer", "sgd", "--train.lr", "1e30"]
+    flags = [
+        *TINY,
+        "--arms",
+        "gated",
+        "--train.steps",
+        "30",
+        "--train.clip-norm",
+        "0",
+        "--train.optimizer",
+        "sgd",
+        "--train.lr",
+        "1e30",
+    ]
     assert main(["run", "gated_attention", *flags, "--out", str(out)]) == 1
     said = capsys.readouterr().err
     assert "at step" in said
@@ -183,7 +201,6 @@ def test_json_is_one_document_and_nothing_else(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["system"] == "gated_attention"
     for banner in ("Lightning", "Tip", "GPU available", "warn", "USDT"):
         assert banner not in done.stderr
-
 
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:

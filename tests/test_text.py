@@ -19,7 +19,7 @@ CONFIG = TextConfig(window=16, max_bytes=300_000)
 
 def test_windows_overlap_by_one_token_and_tile_the_split() -> None:
     data = read_text(CONFIG, Source())
-    (first, second), *_ = [batch for batch in data.validation(2)]
+    (first, second), *_ = list(data.validation(2))
     assert first[-1] == second[0]
     assert first.dtype == torch.int64
     assert data.describe()["tokens"]["train"] > 10 * data.describe()["tokens"]["test"] > 0

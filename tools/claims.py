@@ -24,7 +24,9 @@ def main(names: list[str]) -> int:
             continue
         out = Path("runs") / "claims" / card.name
         go_on = ["--resume", str(out)] if (out / "config.yaml").exists() else ["--out", str(out)]
-        code = subprocess.run([sys.executable, "-m", "penstock", "run", card.name, "--seeds", str(SEEDS), *go_on], check=False).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "penstock", "run", card.name, "--seeds", str(SEEDS), *go_on], check=False
+        ).returncode
         worst = max(worst, code)
         if code == 0:
             results = json.loads((out / "results.json").read_text())

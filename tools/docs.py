@@ -19,19 +19,26 @@ def pages() -> dict[Path, str]:
     """Every generated document by path, with its content."""
     readme = (ROOT / "README.md").read_text()
     for name, text in {"systems": _systems(), "claims": _claims(), "demo": _demo(), "bench": _bench()}.items():
-        readme = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.S)
+        readme = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.S
+        )
     return {ROOT / "README.md": readme}
 
 
 def _systems() -> str:
     rows = ["| system | wing | what is gated, by what | ready |", "|---|---|---|---|"]
     for card in all_cards().values():
-        rows.append(f"| `{card.name}` [{card.title}](https://arxiv.org/abs/{card.arxiv}) | {card.wing} | {card.gate.what}, by {card.gate.by} | {'yes' if card.ready else 'no'} |")
+        rows.append(
+            f"| `{card.name}` [{card.title}](https://arxiv.org/abs/{card.arxiv}) | {card.wing} | {card.gate.what}, by {card.gate.by} | {'yes' if card.ready else 'no'} |"
+        )
     return "\n".join(rows)
 
 
 def _claims() -> str:
-    rows = ["| system | claim | measured (mean [95% interval] over seeds) | must be | verdict |", "|---|---|---|---|---|"]
+    rows = [
+        "| system | claim | measured (mean [95% interval] over seeds) | must be | verdict |",
+        "|---|---|---|---|---|",
+    ]
     for card in all_cards().values():
         measured = last_measured(card.name)
         for claim in (measured or {}).get("claims", []):
@@ -61,7 +68,9 @@ def _bench() -> str:
         for name, one in result["benchmarks"].items():
             for place, (entry, ms) in enumerate(one["ms"].items()):
                 share = one["share_of_matrix_rate"] if place == 0 else None
-                rows.append(f"| {name if place == 0 else ''} | {entry} | {ms:.3f} | {one['ratio'][entry]:.2f} | {f'{share:.0%}' if share else ''} |")
+                rows.append(
+                    f"| {name if place == 0 else ''} | {entry} | {ms:.3f} | {one['ratio'][entry]:.2f} | {f'{share:.0%}' if share else ''} |"
+                )
     return "\n".join(rows)
 
 

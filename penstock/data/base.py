@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ class Source:
     data: Path | None = None
     test: Path | None = None
     label: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """As plain values; paths become absolute, so that a run can be used from anywhere."""
+        paths = {"data": self.data, "test": self.test}
+        return {k: str(p.resolve()) if p else None for k, p in paths.items()} | {"label": self.label}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, str | None]) -> Source:
+        """The inverse of `to_dict`."""
+        data, test = values.get("data"), values.get("test")
+        return cls(Path(data) if data else None, Path(test) if test else None, values.get("label"))
 
 
 class Data(ABC):

@@ -159,8 +159,14 @@ def read_text(config: TextConfig, source: Source) -> TextData:
     """
     if config.window < 2:
         raise UserError(f"--data.window {config.window}: a window has at least 2 tokens")
-    if not 0 < config.validation_ratio < 1 or not 0 < config.test_ratio < 1 or config.validation_ratio + config.test_ratio >= 1:
-        raise UserError(f"validation_ratio={config.validation_ratio} and test_ratio={config.test_ratio} must leave text for training")
+    if (
+        not 0 < config.validation_ratio < 1
+        or not 0 < config.test_ratio < 1
+        or config.validation_ratio + config.test_ratio >= 1
+    ):
+        raise UserError(
+            f"validation_ratio={config.validation_ratio} and test_ratio={config.test_ratio} must leave text for training"
+        )
     tokenizer = make_tokenizer(config.tokenizer)
     if source.data is None:
         if source.test is not None:
@@ -192,7 +198,11 @@ def read_documents(path: Path, column: str) -> list[str]:
         UserError: see `read_text`.
     """
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file" if not path.exists() else f"{path}: is not a file; give a .txt, .jsonl or .parquet file")
+        raise UserError(
+            f"{path}: there is no such file"
+            if not path.exists()
+            else f"{path}: is not a file; give a .txt, .jsonl or .parquet file"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty")
     if path.suffix == ".parquet":
@@ -210,7 +220,9 @@ def _utf8(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); convert it to UTF-8") from None
+        raise UserError(
+            f"{path}: not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); convert it to UTF-8"
+        ) from None
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
@@ -223,7 +235,9 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
             raise UserError(f"{path}: line {number}: not JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(record, dict) or not isinstance(record.get(column), str):
             have = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{path}: line {number}: no text under {column!r} (it has {have}); name the field with --data.column")
+            raise UserError(
+                f"{path}: line {number}: no text under {column!r} (it has {have}); name the field with --data.column"
+            )
         yield record[column]
 
 
@@ -238,7 +252,9 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     names = table.schema_arrow.names
     if column not in names:
         raise UserError(f"{path}: no column {column!r} (there are {', '.join(names)}); name it with --data.column")
-    if not pa.types.is_string(table.schema_arrow.field(column).type) and not pa.types.is_large_string(table.schema_arrow.field(column).type):
+    if not pa.types.is_string(table.schema_arrow.field(column).type) and not pa.types.is_large_string(
+        table.schema_arrow.field(column).type
+    ):
         raise UserError(f"{path}: column {column!r} is {table.schema_arrow.field(column).type}, not text")
     for batch in table.iter_batches(columns=[column]):
         yield from (text for text in batch.column(0).to_pylist() if text)
@@ -247,7 +263,18 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 def _standard_library(limit: int) -> Iterator[str]:
     """Source files of the running Python's standard library in a fixed order, tests left out, up to ``limit`` bytes."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "lib2to3", "idlelib", "turtledemo", "__pycache__", "pydoc_data", "encodings"}
+    left_out = {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "lib2to3",
+        "idlelib",
+        "turtledemo",
+        "__pycache__",
+        "pydoc_data",
+        "encodings",
+    }
     paths = [p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts)]
     # By hash of the name, so that a smaller budget is a fair sample and not the alphabet's beginning.
     for path in sorted(paths, key=lambda p: zlib.crc32(p.relative_to(root).as_posix().encode())):
@@ -258,7 +285,9 @@ def _standard_library(limit: int) -> Iterator[str]:
         yield text
 
 
-def _cut(documents: Iterable[str], tokenizer: Tokenizer, ratios: tuple[float, float]) -> tuple[dict[Split, np.ndarray[Any, Any]], int]:
+def _cut(
+    documents: Iterable[str], tokenizer: Tokenizer, ratios: tuple[float, float]
+) -> tuple[dict[Split, np.ndarray[Any, Any]], int]:
     """Tokens of each split, and how many bytes of text there are."""
     encoded = [(zlib.crc32(raw), len(raw), tokenizer.encode(text)) for text in documents for raw in [text.encode()]]
     size = sum(length for _, length, _ in encoded)

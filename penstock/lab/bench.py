@@ -104,9 +104,17 @@ def show_bench(result: dict[str, Any]) -> None:
     """The figures as a table."""
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     limits = result["machine"]
-    console.print(f"machine: {limits['matrix_gflops']:.0f} GFLOP/s in float32 matrix products, {limits['copy_gb_per_s']:.1f} GB/s copied")
+    console.print(
+        f"machine: {limits['matrix_gflops']:.0f} GFLOP/s in float32 matrix products, {limits['copy_gb_per_s']:.1f} GB/s copied"
+    )
     table = RichTable(box=None, pad_edge=False, header_style="bold")
-    for column, side in (("benchmark", "left"), ("entry", "left"), ("ms", "right"), ("ratio", "right"), ("of matrix rate", "right")):
+    for column, side in (
+        ("benchmark", "left"),
+        ("entry", "left"),
+        ("ms", "right"),
+        ("ratio", "right"),
+        ("of matrix rate", "right"),
+    ):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for name, one in result["benchmarks"].items():
         for place, (entry, ms) in enumerate(one["ms"].items()):

@@ -15,7 +15,16 @@ from typing import Any
 from penstock.errors import UserError, nearest
 
 WINGS = (
-    "sequence", "vision", "dense", "recommendation", "experts", "adaptive", "continual", "signals", "multimodal", "robustness",
+    "sequence",
+    "vision",
+    "dense",
+    "recommendation",
+    "experts",
+    "adaptive",
+    "continual",
+    "signals",
+    "multimodal",
+    "robustness",
 )
 _SYSTEMS = Path(__file__).parent.parent / "systems"
 
@@ -144,7 +153,9 @@ def search(query: str) -> list[tuple[Card, float]]:
         return {t: v / norm for t, v in raw.items()}
 
     asked = vector(Counter(_terms(query)))
-    scored = [(c, sum(asked.get(t, 0.0) * v for t, v in vector(d).items())) for c, d in zip(cards, documents, strict=True)]
+    scored = [
+        (c, sum(asked.get(t, 0.0) * v for t, v in vector(d).items())) for c, d in zip(cards, documents, strict=True)
+    ]
     return sorted((hit for hit in scored if hit[1] > 0), key=lambda hit: (-hit[1], hit[0].name))
 
 

@@ -42,7 +42,9 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
         raise UserError("compare cannot be resumed; --resume goes with `penstock run`")
     tasks = {name: card(name).task for name in names}
     if len(set(tasks.values())) > 1:
-        raise UserError("systems of different tasks cannot share data: " + ", ".join(f"{n} is {t}" for n, t in tasks.items()))
+        raise UserError(
+            "systems of different tasks cannot share data: " + ", ".join(f"{n} is {t}" for n, t in tasks.items())
+        )
     systems = [system(name) for name in names]
     if options.quick:
         config = override(config, untouched(config, systems[0].quick))
@@ -59,7 +61,9 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
             results = job.execute(part)
             for arm, found in results["arms"].items():
                 title = name if arm == "gated" else f"{name} ({arm})"
-                rows.append({"name": title, "metrics": found["metrics"], "cost": found["cost"], "failed": found.get("failed")})
+                rows.append(
+                    {"name": title, "metrics": found["metrics"], "cost": found["cost"], "failed": found.get("failed")}
+                )
         metrics = dict(systems[0].task.leaderboard)
         first, mode = next(iter(metrics.items()))
         sign = -1 if mode == "max" else 1
@@ -100,4 +104,3 @@ def _without_trials(one: System[Any]) -> System[Any]:
     kind = type(one)
     bare = type(kind.__name__, (kind,), {"trials": {}, "claims": lambda self, config, results: {}})
     return bare()
-

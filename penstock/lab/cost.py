@@ -45,7 +45,7 @@ def peak_memory_mb(task: Task, batch: Any) -> float:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             task.step(batch)[0].backward()
         held = peak = 0
-        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        events = profile.profiler.kineto_results.events()
         for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
             held += event.nbytes()
             peak = max(peak, held)
@@ -92,5 +92,3 @@ def cost(task: Task, batch: Any) -> dict[str, float]:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-

@@ -53,12 +53,13 @@ def task_of(run: Run, model: nn.Module) -> Task:
     Raises:
         UserError: if the run's data is not there any more.
     """
-    source = {k: Path(v) if v is not None and k != "label" else v for k, v in run.folder.about["data"].items()}
-    data = run.system.load_data(run.config, Source(**source))
+    data = run.system.load_data(run.config, Source.from_dict(run.folder.about["data"]))
     return run.system.task(model, run.config.train, data).eval()
 
 
-def ablate_run(run: Path, *, arm: str | None = None, seed: int = 0, pattern: str | None = None, batches: int = 20) -> Table:
+def ablate_run(
+    run: Path, *, arm: str | None = None, seed: int = 0, pattern: str | None = None, batches: int = 20
+) -> Table:
     """What each gate of a trained arm buys, measured on test batches.
 
     Raises:

@@ -89,7 +89,9 @@ class Job:
     reporter: Reporter
 
     @classmethod
-    def prepare(cls, found: System[Any], config: Any, options: Options, reporter: Reporter, *, data: Data | None = None) -> Job:
+    def prepare(
+        cls, found: System[Any], config: Any, options: Options, reporter: Reporter, *, data: Data | None = None
+    ) -> Job:
         """Read the data (unless given) and try every arm's sizes.
 
         Raises:
@@ -101,7 +103,9 @@ class Job:
             data = data or found.load_data(config, options.source)
             arms = found.arms(config, data.spec)
             if unknown := set(options.arms) - set(arms):
-                raise UserError(f"--arms {' '.join(sorted(unknown))}: there is no such arm; there are {', '.join(arms)}")
+                raise UserError(
+                    f"--arms {' '.join(sorted(unknown))}: there is no such arm; there are {', '.join(arms)}"
+                )
             chosen = {name: build for name, build in arms.items() if not options.arms or name in options.arms}
             for build in chosen.values():
                 with torch.device("meta"):
@@ -119,7 +123,10 @@ class Job:
             for arm in self.arms:
                 cells.append(self._cell(folder, arm, seed))
         for name, trial in self.system.trials.items():
-            trials[name] = [self._trial(folder, name, seed) for seed in range(1 if self.options.quick else max(trial.seeds, self.options.seeds))]
+            trials[name] = [
+                self._trial(folder, name, seed)
+                for seed in range(1 if self.options.quick else max(trial.seeds, self.options.seeds))
+            ]
         results = self.summarise(Results([c for c in cells if "failed" not in c], trials), cells)
         if main_process():
             folder.write_log(row for cell in cells for row in cell.get("curves", []))
@@ -252,7 +259,9 @@ class Job:
         }
 
 
-def run(name: str, config: Any, options: Options, *, reporter: Reporter | None = None) -> tuple[RunFolder, dict[str, Any]]:
+def run(
+    name: str, config: Any, options: Options, *, reporter: Reporter | None = None
+) -> tuple[RunFolder, dict[str, Any]]:
     """Run a system as ``penstock run`` does.
 
     Args:
@@ -278,7 +287,9 @@ def run(name: str, config: Any, options: Options, *, reporter: Reporter | None =
         job = Job.prepare(found, config, options, reporter)
         folder = _new_folder(name, options)
         if main_process():
-            write_atomically(folder.path / "config.yaml", yaml.safe_dump(_about(job), sort_keys=False, allow_unicode=True))
+            write_atomically(
+                folder.path / "config.yaml", yaml.safe_dump(_about(job), sort_keys=False, allow_unicode=True)
+            )
     try:
         results = job.execute(folder)
         if main_process():
@@ -307,8 +318,7 @@ def _about(job: Job) -> dict[str, Any]:
         "seeds": options.seeds,
         "quick": options.quick,
         "arms": list(options.arms),
-        # Absolute, so that a run is resumed from anywhere.
-        "data": {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in vars(options.source).items()},
+        "data": options.source.to_dict(),
         "hardware": vars(options.hardware),
         "config": to_dict(job.config),
     }
@@ -318,9 +328,11 @@ def _resumed(found: System[Any], folder: RunFolder, options: Options) -> tuple[A
     about = folder.about
     if about["system"] != found.name:
         raise UserError(f"--resume {folder.path}: is a run of {about['system']}, not of {found.name}")
-    source = {k: Path(v) if v is not None and k != "label" else v for k, v in about["data"].items()}
+    source = Source.from_dict(about["data"])
     resumed = Options(
-        **source,
+        source.data,
+        source.test,
+        source.label,
         seeds=max(about["seeds"], options.seeds),
         quick=about["quick"],
         arms=tuple(about["arms"]),

@@ -54,10 +54,16 @@ def show_leaderboard(board: dict[str, Any], folder: Path) -> None:
     """The rows of a comparison."""
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     metrics = list(board["leaderboard"])
-    extra = [k for k in ("parameters", "flops", "latency_ms", "train_seconds") if any(k in r["cost"] for r in board["rows"])]
+    extra = [
+        k for k in ("parameters", "flops", "latency_ms", "train_seconds") if any(k in r["cost"] for r in board["rows"])
+    ]
     table = _table("leaderboard", ["system", *metrics, *extra])
     for row in board["rows"]:
-        table.add_row(Text(row["name"]), *(_spread(row["metrics"].get(m)) for m in metrics), *(number(row["cost"].get(c)) for c in extra))
+        table.add_row(
+            Text(row["name"]),
+            *(_spread(row["metrics"].get(m)) for m in metrics),
+            *(number(row["cost"].get(c)) for c in extra),
+        )
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True)
 
@@ -94,6 +100,11 @@ def _claim_table(claims: list[dict[str, Any]]) -> RichTable:
             between = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "-"
             verdict = Text(claim["verdict"], style=_MARKS[claim["verdict"]]) if place == 0 else Text("")
             table.add_row(
-                Text(claim["id"] if place == 0 else ""), Text(part["what"]), number(part["measured"]), Text(between), part["must_be"], verdict
+                Text(claim["id"] if place == 0 else ""),
+                Text(part["what"]),
+                number(part["measured"]),
+                Text(between),
+                part["must_be"],
+                verdict,
             )
     return table

@@ -104,7 +104,9 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.path}: another process is writing this run; wait for it or give another --out") from None
+            raise UserError(
+                f"{self.path}: another process is writing this run; wait for it or give another --out"
+            ) from None
         return self
 
     def release(self) -> None:
@@ -143,7 +145,9 @@ class RunFolder:
         try:
             return json.loads((self.path / name).read_text())
         except FileNotFoundError:
-            raise UserError(f"{self.path}: the run has no {name}; it did not finish (go on with --resume {self.path})") from None
+            raise UserError(
+                f"{self.path}: the run has no {name}; it did not finish (go on with --resume {self.path})"
+            ) from None
         except json.JSONDecodeError as error:
             raise UserError(f"{self.path / name}: broken JSON ({error.msg}, line {error.lineno})") from None
 
@@ -165,7 +169,9 @@ class RunFolder:
         folder = self.path / "models" / arm
         write_atomically(folder / self._weights(seed), safetensors_bytes(state))
         about = self.about
-        write_atomically(folder / "config.json", plain_json({k: about[k] for k in ("system", "version", "config")} | {"arm": arm}))
+        write_atomically(
+            folder / "config.json", plain_json({k: about[k] for k in ("system", "version", "config")} | {"arm": arm})
+        )
 
     @staticmethod
     def _weights(seed: int) -> str:
@@ -200,7 +206,9 @@ class Run:
         arm = arm or arms[0]
         if arm not in arms:
             close = nearest(arm, arms) or arms
-            raise UserError(f"{self.folder.path}: no trained arm {arm!r}; there are {', '.join(arms)} (did you mean {close[0]}?)")
+            raise UserError(
+                f"{self.folder.path}: no trained arm {arm!r}; there are {', '.join(arms)} (did you mean {close[0]}?)"
+            )
         path = self.folder.path / "models" / arm / RunFolder._weights(seed)
         model = self.system.arms(self.config, self.spec)[arm]()
         return load_strict(model, read_state(path), source=str(path)).eval()

@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import time
+import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,9 @@ class Curves(Logger):
         pass
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows += [self.labels | {"step": step, "metric": k, "value": float(v)} for k, v in metrics.items() if k != "epoch"]
+        self.rows += [
+            self.labels | {"step": step, "metric": k, "value": float(v)} for k, v in metrics.items() if k != "epoch"
+        ]
 
 
 class Keeper(Callback):
@@ -95,12 +98,16 @@ class Keeper(Callback):
             np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
             self._random = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if loss is not None and not math.isfinite(float(loss)):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             kept = f"last finite checkpoint: {self.path}" if self.path.exists() else "there is no checkpoint yet"
-            raise NonFiniteError(f"the loss is {float(loss)} at step {trainer.global_step} (learning rate {rate:.3g}); {kept}")
+            raise NonFiniteError(
+                f"the loss is {float(loss)} at step {trainer.global_step} (learning rate {rate:.3g}); {kept}"
+            )
         if time.monotonic() > self._next_save:
             self.save(trainer)
 
@@ -126,12 +133,12 @@ class Keeper(Callback):
         self._next_save = now + max(1.0, 20 * (now - start))
 
     def state_dict(self) -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state()
+        kind, keys, *rest = typing.cast("tuple[Any, ...]", np.random.get_state())
         return {
             "random": {
                 "torch": torch.get_rng_state(),
                 "python": random.getstate(),
-                "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],  # type: ignore[union-attr]
+                "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
             },
             "curves": self.curves.rows,
             "best_score": self.best_score,
@@ -156,7 +163,7 @@ class GateHistory(Callback):
             log = watch(module.model)
         except GateNotFoundError:
             return
-        batch = next(iter(trainer.val_dataloaders))
+        batch = next(iter(module.data.validation(module.train_config.batch_size)))
         with torch.no_grad(), log:
             module.step(trainer.strategy.batch_to_device(batch))
         means = {name: log[name].mean.tolist() for name in log if log[name].calls}
@@ -175,7 +182,9 @@ class Show(Callback):
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step % 5 == 0:
             loss = trainer.callback_metrics.get("train/loss")
             self.reporter.advance(trainer.global_step, "" if loss is None else f"loss {float(loss):.4f}")
@@ -236,7 +245,10 @@ def train_stage(
         callbacks.append(EarlyStopping(f"val/{name}", patience=train.patience, mode=mode, check_finite=False))
     validation: dict[str, Any] = {"check_val_every_n_epoch": 1}
     if train.steps or train.validate_every:
-        validation = {"val_check_interval": train.validate_every or max(total // 10, 1), "check_val_every_n_epoch": None}
+        validation = {
+            "val_check_interval": train.validate_every or max(total // 10, 1),
+            "check_val_every_n_epoch": None,
+        }
     trainer = make_trainer(
         hardware,
         max_steps=train.steps or -1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -117,7 +117,9 @@ class Task(L.LightningModule):
 
     @classmethod
     @abstractmethod
-    def predict_file(cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 1024) -> pl.DataFrame:
+    def predict_file(
+        cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 1024
+    ) -> pl.DataFrame:
         """Apply a trained model to the user's data: one row a sample."""
 
     # -- what Lightning calls --------------------------------------------------------------------------------
@@ -147,7 +149,9 @@ class Task(L.LightningModule):
         self.update(self.metrics[split], outputs, batch)
 
     def _finish(self, split: str, prefix: str) -> None:
-        total, count = self.trainer.strategy.reduce(torch.tensor(self._sums.pop(split), dtype=torch.float64), reduce_op="sum").tolist()
+        total, count = self.trainer.strategy.reduce(
+            torch.tensor(self._sums.pop(split), dtype=torch.float64), reduce_op="sum"
+        ).tolist()
         values = {"loss": total / max(count, 1)}
         values |= {name: float(value) for name, value in self.metrics[split].compute().items()}
         self.metrics[split].reset()
@@ -160,14 +164,18 @@ class Task(L.LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weights with decay; gates, biases, norms and whatever the model exempts without."""
         gates = {id(p) for m in self.model.modules() if isinstance(m, Gate) for p in m.parameters()}
-        exempt = set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
+        no_decay: Callable[[], set[str]] = getattr(self.model, "no_weight_decay", set)
+        exempt = no_decay()
         decayed: list[nn.Parameter] = []
         free: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 bare = parameter.ndim < 2 or id(parameter) in gates or name in exempt
                 (free if bare else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": self.train_config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": self.train_config.weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ]
         return [g for g in groups if g["params"]]
 
     def configure_optimizers(self) -> Any:

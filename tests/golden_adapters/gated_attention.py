@@ -25,7 +25,10 @@ _AUTHORS = _SHARED | {
 
 
 def _layer(config: dict[str, Any], params: Tensors, inputs: Tensors, layout: Layout) -> Tensors:
-    refuse_unknown(config, _AUTHORS if layout == "authors" else _SHARED | {"rope_parameters", "rope_theta", "partial_rotary_factor"})
+    refuse_unknown(
+        config,
+        _AUTHORS if layout == "authors" else _SHARED | {"rope_parameters", "rope_theta", "partial_rotary_factor"},
+    )
     layer = load_layer(params, config, layout).eval()
     x = inputs["hidden_states"].clone().requires_grad_()
     positions = inputs["position_ids"]

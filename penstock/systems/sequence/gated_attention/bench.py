@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,11 +19,14 @@ def watching() -> Contest:
     entries: dict[str, Callable[[], None]] = {}
     tokens = torch.randint(256, (16, 128))
     for gate in ("headwise", "elementwise"):
-        model = GatedAttentionLM(256, 128, 4, 4, intermediate_size=344, gate=gate)  # type: ignore[arg-type]
+        model = GatedAttentionLM(256, 128, 4, 4, intermediate_size=344, gate=gate)
         step = training_step(model, tokens)
         entries[f"{gate}, not watched"] = step
         entries[f"{gate}, watched"] = _watched(model, step)
-    return Contest(entries, note="The demo's model and batch (16 x 128 bytes), forward, backward and optimiser; elementwise has 32 times the gate values.")
+    return Contest(
+        entries,
+        note="The demo's model and batch (16 x 128 bytes), forward, backward and optimiser; elementwise has 32 times the gate values.",
+    )
 
 
 def _watched(model: nn.Module, step: Callable[[], None]) -> Callable[[], None]:
@@ -39,14 +43,15 @@ def layer() -> Contest:
 
     torch.manual_seed(0)
     batch, length, width, heads = 4, 512, 512, 8
-    config = Qwen3NextConfig(hidden_size=width, num_attention_heads=heads, num_key_value_heads=heads, head_dim=width // heads)
+    config = Qwen3NextConfig(
+        hidden_size=width, num_attention_heads=heads, num_key_value_heads=heads, head_dim=width // heads
+    )
     config._attn_implementation = "sdpa"
     peer = Qwen3NextAttention(config, 0).eval()
     settings = config.to_dict()
     ours = load_layer(peer.state_dict(), settings, "qwen3_next").eval()
-    options = {"hidden_size": width, "num_heads": heads, "rotary_fraction": 0.25, "zero_centred_norm": True}
-    headwise = GatedAttention(**options, gate="headwise").eval()  # type: ignore[arg-type]
-    ungated = GatedAttention(**options, gate=None).eval()  # type: ignore[arg-type]
+    build = partial(GatedAttention, width, heads, rotary_fraction=0.25, zero_centred_norm=True)
+    headwise, ungated = build(gate="headwise").eval(), build(gate=None).eval()
     x = torch.randn(batch, length, width)
     rotary = Qwen3NextRotaryEmbedding(config)(x, torch.arange(length)[None])
 
@@ -63,7 +68,12 @@ def layer() -> Contest:
 
     flops = batch * (2 * length * width * width * 5 + 2 * 2 * length * length * width)
     return Contest(
-        {"penstock elementwise": run(ours), "transformers Qwen3-Next": theirs, "penstock headwise": run(headwise), "penstock ungated": run(ungated)},
+        {
+            "penstock elementwise": run(ours),
+            "transformers Qwen3-Next": theirs,
+            "penstock headwise": run(headwise),
+            "penstock ungated": run(ungated),
+        },
         flops=flops,
         note=f"Forward, batch {batch}, length {length}, width {width}, {heads} heads, float32; the first two have the same weights.",
     )

@@ -24,7 +24,9 @@ Layout = Literal["authors", "qwen3_next"]
 KEYS = [(r"^model\.", "")]
 
 
-def split_queries(rows: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, gate: Granularity | None, layout: Layout) -> tuple[Tensor, Tensor | None]:
+def split_queries(
+    rows: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, gate: Granularity | None, layout: Layout
+) -> tuple[Tensor, Tensor | None]:
     """Query rows and gate rows of a ``q_proj`` weight or bias, each in order of heads.
 
     Raises:
@@ -34,7 +36,9 @@ def split_queries(rows: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
     groups = num_heads if layout == "qwen3_next" else num_kv_heads
     expected = num_heads * (head_dim + width)
     if rows.shape[0] != expected:
-        raise UserError(f"q_proj has {rows.shape[0]} rows; {_guess(rows.shape[0], num_heads, head_dim)}, and {gate or 'no'} gate needs {expected}")
+        raise UserError(
+            f"q_proj has {rows.shape[0]} rows; {_guess(rows.shape[0], num_heads, head_dim)}, and {gate or 'no'} gate needs {expected}"
+        )
     if gate is None:
         return rows, None
     grouped = rows.unflatten(0, (groups, -1))
@@ -80,7 +84,10 @@ def attention_options(config: Mapping[str, Any], layout: Layout = "authors") -> 
             "gate": "elementwise", "rope_theta": theta, "rotary_fraction": partial, "zero_centred_norm": True,
             "bias": config.get("attention_bias", False),
         }  # fmt: skip
-    headwise, elementwise = config.get("headwise_attn_output_gate", False), config.get("elementwise_attn_output_gate", False)
+    headwise, elementwise = (
+        config.get("headwise_attn_output_gate", False),
+        config.get("elementwise_attn_output_gate", False),
+    )
     if headwise and elementwise:
         raise UserError("headwise_attn_output_gate and elementwise_attn_output_gate are both set; set one")
     return options | {
@@ -130,14 +137,16 @@ def from_authors(state: State, *, config: Mapping[str, Any]) -> GatedAttentionLM
 
 def to_authors(model: GatedAttentionLM) -> dict[str, Tensor]:
     """The model's state dict under the authors' names and row layout."""
-    attention = model.layers[0].self_attn
+    attention = model.blocks[0].self_attn
     ours = {k: v for k, v in model.state_dict().items() if ".gate.proj." not in k}
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.blocks):
         gate = layer.self_attn.gate
-        if gate is not None:
+        if gate is not None and gate.proj is not None:
             for part, rows in gate.proj.named_parameters():
                 key = f"layers.{index}.self_attn.q_proj.{part}"
-                ours[key] = join_queries(ours[key], rows.detach(), attention.num_heads, attention.num_kv_heads, "authors")
+                ours[key] = join_queries(
+                    ours[key], rows.detach(), attention.num_heads, attention.num_kv_heads, "authors"
+                )
     return {key if key.startswith("lm_head") else f"model.{key}": value for key, value in ours.items()}
 
 

@@ -116,7 +116,8 @@ class GatedAttentionSystem(System[GatedAttentionConfig]):
 
         measured = {
             "max_activation": max(float(max_activation(model, batch[:, :-1]).max()) for batch in batches),
-            "first_token_attention": sum(float(first_token_attention(model, b[:, :-1]).mean()) for b in batches) / len(batches),
+            "first_token_attention": sum(float(first_token_attention(model, b[:, :-1]).mean()) for b in batches)
+            / len(batches),
         }
         if arm != "ungated":
             base = loss()
@@ -128,9 +129,10 @@ class GatedAttentionSystem(System[GatedAttentionConfig]):
 
     @staticmethod
     def _selective_copy(config: GatedAttentionConfig, seed: int) -> dict[str, float]:
-        measured = {}
-        for name, gate in (("ungated", None), ("headwise", "headwise"), ("elementwise", "elementwise")):
-            measured |= {f"{name}_{k}": v for k, v in selective_copy(gate, seed).items()}  # type: ignore[arg-type]
+        gates: dict[str, Granularity | None] = {"ungated": None, "headwise": "headwise", "elementwise": "elementwise"}
+        measured: dict[str, float] = {}
+        for name, gate in gates.items():
+            measured |= {f"{name}_{k}": v for k, v in selective_copy(gate, seed).items()}
         return measured
 
     @staticmethod
@@ -145,7 +147,9 @@ class GatedAttentionSystem(System[GatedAttentionConfig]):
     def claims(self, config: GatedAttentionConfig, results: Results) -> dict[str, Effect | list[Effect]]:
         copy, merged = "selective_copy", "merged_projections"
         return {
-            "gain": Effect(results.difference("gated", "ungated", "loss"), "<", what="test loss, gated - ungated (nats)"),
+            "gain": Effect(
+                results.difference("gated", "ungated", "loss"), "<", what="test loss, gated - ungated (nats)"
+            ),
             "sink": [
                 Effect(results.trial(copy, "headwise_sink"), "<", 0.6, "attention on the first token, headwise"),
                 Effect(results.trial(copy, "ungated_sink"), ">", 0.95, "attention on the first token, ungated"),
@@ -155,13 +159,19 @@ class GatedAttentionSystem(System[GatedAttentionConfig]):
                 Effect(results.trial(copy, "headwise_gate_active"), ">", 0.9, "gate at active queries"),
             ],
             "massive_activation": Effect(
-                results.difference("gated", "ungated", "max_activation"), "<", what="largest activation, gated - ungated"
+                results.difference("gated", "ungated", "max_activation"),
+                "<",
+                what="largest activation, gated - ungated",
             ),
             "dynamic": Effect(
-                results.metric("gated", "loss_shuffle_minus_trained"), ">", what="test loss, gates shuffled - as trained (nats)"
+                results.metric("gated", "loss_shuffle_minus_trained"),
+                ">",
+                what="test loss, gates shuffled - as trained (nats)",
             ),
             "nonlinearity": [
-                Effect(results.trial(merged, "headwise"), ">", 1e-3, "relative change when merged, headwise", exact=True),
+                Effect(
+                    results.trial(merged, "headwise"), ">", 1e-3, "relative change when merged, headwise", exact=True
+                ),
                 Effect(results.trial(merged, "ungated"), "<", 1e-9, "relative change when merged, ungated", exact=True),
             ],
         }
@@ -179,11 +189,18 @@ def _sink_figure(results: Results) -> Figure:
     for place, name in enumerate(names):
         sink = results.trial("selective_copy", f"{name}_sink")
         left.scatter([place] * len(sink), sink)
-    left.set(xticks=range(3), xticklabels=names, ylim=(-0.03, 1.03), title="attention on the first token,\ninactive queries")
+    left.set(
+        xticks=range(3), xticklabels=names, ylim=(-0.03, 1.03), title="attention on the first token,\ninactive queries"
+    )
     for place, name in enumerate(names[1:]):
         for shift, at in ((-0.1, "inactive"), (0.1, "active")):
             values = results.trial("selective_copy", f"{name}_gate_{at}")
-            right.scatter([place + shift] * len(values), values, marker="o" if at == "active" else "x", label=at if not place else None)
+            right.scatter(
+                [place + shift] * len(values),
+                values,
+                marker="o" if at == "active" else "x",
+                label=at if not place else None,
+            )
     right.set(xticks=range(2), xticklabels=names[1:], ylim=(-0.03, 1.03), title="mean gate value")
     right.legend()
     return figure

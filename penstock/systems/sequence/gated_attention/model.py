@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,7 +138,9 @@ class GatedAttention(nn.Module):
             raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
         self.rotary_dim = int(rotary_fraction * head_dim)
         if self.rotary_dim % 2:
-            raise ValueError(f"rotary positions need an even number of channels: {rotary_fraction} x head_dim={head_dim} is {self.rotary_dim}")
+            raise ValueError(
+                f"rotary positions need an even number of channels: {rotary_fraction} x head_dim={head_dim} is {self.rotary_dim}"
+            )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.position, self.combine, self.rope_theta, self.dropout = position, combine, rope_theta, dropout
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
@@ -170,7 +173,12 @@ class GatedAttention(nn.Module):
         gate = None if self.gate is None else self.gate(x_BLD)
         q, k, v = self._project(x_BLD, positions, gate)
         y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], dropout_p=self.dropout if self.training else 0.0
+            q,
+            k,
+            v,
+            is_causal=True,
+            enable_gqa=q.shape[1] != k.shape[1],
+            dropout_p=self.dropout if self.training else 0.0,
         )
         y_BLHK = self._gated(y.transpose(1, 2), gate, "sdpa_output")
         out_BLD = self.o_proj(y_BLHK.flatten(2))
@@ -206,7 +214,9 @@ class GatedAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
-    def __init__(self, attention: GatedAttention, hidden_size: int, intermediate_size: int, *, eps: float = 1e-6) -> None:
+    def __init__(
+        self, attention: GatedAttention, hidden_size: int, intermediate_size: int, *, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(hidden_size, eps=eps)
         self.self_attn = attention
@@ -218,7 +228,7 @@ class Block(nn.Module):
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
 
-class GatedAttentionLM(nn.Module):
+class GatedAttentionLM(nn.Module, PyTorchModelHubMixin):
     """Decoder-only language model of gated attention: tokens (B, L) -> logits (B, L, V).
 
     Args:
@@ -288,6 +298,11 @@ class GatedAttentionLM(nn.Module):
         if tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
     def hidden_states(self, tokens_BL: Tensor) -> list[Tensor]:
         """The residual stream after the embedding and after each block, (B, L, D) each."""
         states = [self.embed_tokens(tokens_BL)]
@@ -314,7 +329,9 @@ def _initialise(module: nn.Module) -> None:
 def first_token_attention(model: GatedAttentionLM, tokens_BL: Tensor) -> Tensor:
     """Share of attention on the first token, by layer: mean over batch, heads and all queries (F-Attn of the paper)."""
     states = model.hidden_states(tokens_BL)
-    maps = (layer.self_attn.attention_map(layer.input_layernorm(x)) for layer, x in zip(model.layers, states, strict=False))
+    maps = (
+        layer.self_attn.attention_map(layer.input_layernorm(x)) for layer, x in zip(model.blocks, states, strict=False)
+    )
     return torch.stack([attention[..., 0].mean() for attention in maps])
 
 

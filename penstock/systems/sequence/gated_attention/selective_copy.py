@@ -84,12 +84,18 @@ def selective_copy(gate: Granularity | None, seed: int, *, steps: int = 700, bat
     with torch.no_grad():
         x = model.attention_input(batch.tokens)
         share = model.attention.attention_map(x)[:, :, 1:, 0].mean(1)
-        measured = {"mse": float(F.mse_loss(model(batch.tokens), batch.targets)), "sink": float(share[~batch.active].mean())}
+        measured = {
+            "mse": float(F.mse_loss(model(batch.tokens), batch.targets)),
+            "sink": float(share[~batch.active].mean()),
+        }
         if gate is not None:
             with watch(model, keep="values") as log:
                 model(batch.tokens)
             values = log.values()["attention.gate"][0][:, 1:].mean((-1, -2))
-            measured |= {"gate_inactive": float(values[~batch.active].mean()), "gate_active": float(values[batch.active].mean())}
+            measured |= {
+                "gate_inactive": float(values[~batch.active].mean()),
+                "gate_active": float(values[batch.active].mean()),
+            }
     return measured
 
 
