@@ -21,6 +21,7 @@ from penstock.lab import cards
 
 if TYPE_CHECKING:
     from penstock.lab.run import Options
+    from penstock.lab.system import System
 
 SUMMARIES = {
     "list": "the systems, a line each, and whether each is ready",
@@ -196,6 +197,7 @@ def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]
     from penstock.lab.system import system
 
     found = system(name)
+    default, arguments = _preset(found, arguments)
     flags = dataclasses.make_dataclass(
         "Flags",
         [
@@ -203,19 +205,36 @@ def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]
             (
                 "config",
                 Annotated[found.Config, tyro.conf.arg(name="")],
-                dataclasses.field(default_factory=found.Config),
+                dataclasses.field(default_factory=lambda: default),
             ),
         ],
     )
     parsed: Any = tyro.cli(
         flags,
         prog=f"penstock {command}",
-        description=f"{cards.card(name).title}. {cards.card(name).idea}",
+        description=_description(found),
         args=arguments,
         config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.ConsolidateSubcommandArgs),
         compact_help=False,
     )
     return parsed.options, parsed.config
+
+
+def _description(found: System[Any]) -> str:
+    own = cards.card(found.name)
+    presets = f" --preset takes one of {', '.join(found.presets)}." if found.presets else ""
+    return f"{own.title}. {own.idea}{presets}"
+
+
+def _preset(found: System[Any], arguments: list[str]) -> tuple[Any, list[str]]:
+    """The configuration that ``--preset NAME`` names, and the other arguments."""
+    if "--preset" not in arguments:
+        return found.Config(), arguments
+    place = arguments.index("--preset")
+    name = arguments[place + 1] if place + 1 < len(arguments) else ""
+    if name not in found.presets:
+        raise UserError(f"--preset {name}: {found.name} has {', '.join(found.presets) or 'none'}")
+    return found.presets[name], arguments[:place] + arguments[place + 2 :]
 
 
 def _run(arguments: list[str]) -> int:

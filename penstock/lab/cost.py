@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from penstock.nn.conditional import evaluate_everything
 from penstock.tasks.base import Task
 
 
@@ -57,8 +59,8 @@ def cost(task: Task, batch: Any) -> dict[str, float]:
     """The cost of a trained arm on one batch.
 
     Returns a dictionary with: parameters (gate_parameters: of its gates); flops, one forward pass of one sample with
-    nothing left out, and flops_spent, what the counter saw really executed in eval mode (they differ when
-    computation is conditional); latency_ms of the batch's forward pass; peak_memory_mb of a training step.
+    nothing left out, and flops_spent, what was really executed in evaluation (they differ when computation is
+    conditional); latency_ms of the batch's forward pass; peak_memory_mb of a training step.
     """
     from penstock.gates import named_gates
     from penstock.gates.core import GateNotFoundError
@@ -67,10 +69,14 @@ def cost(task: Task, batch: Any) -> dict[str, float]:
     count = task.size(batch)
     inputs = task.inputs(batch)
     training = task.training
+    # A training step moves running statistics and counters; a measurement must not.
+    state = copy.deepcopy(task.state_dict())
     task.train()
-    dense = flops(model, inputs) / count
     peak = peak_memory_mb(task, batch)
     task.eval()
+    task.load_state_dict(state)
+    with evaluate_everything():
+        dense = flops(model, inputs) / count
     spent = flops(model, inputs) / count
     latency = latency_ms(model, inputs)
     task.train(training)

@@ -28,6 +28,7 @@ from penstock.gates.core import GateNotFoundError, named_gates
 from penstock.lab.cards import card
 from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.cost import cost
+from penstock.lab.gatesample import gate_sample
 from penstock.lab.progress import Reporter
 from penstock.lab.results import Judgement, Results
 from penstock.lab.store import FORMAT, RunFolder, write_atomically
@@ -116,6 +117,10 @@ class Job:
     def execute(self, folder: RunFolder) -> dict[str, Any]:
         """Train, test and judge; returns what stands in ``results.json``."""
         hush()
+        with threads(self.options.hardware.threads or self.system.threads):
+            return self._execute(folder)
+
+    def _execute(self, folder: RunFolder) -> dict[str, Any]:
         cells, trials = [], {}
         if main_process():
             folder.write_json("data.json", self.data.spec)
@@ -156,6 +161,7 @@ class Job:
                 "cost": cost(task, batch) | {"train_seconds": seconds},
                 "gates": self._watched(task),
                 "gate_history": [step for stage in trained for step in stage.gate_history],
+                "gate_sample": gate_sample(task, batch),
                 "curves": [row for stage in trained for row in stage.rows],
             }
             if main_process():
@@ -215,7 +221,7 @@ class Job:
             return json.loads(path.read_text())
         trial = self.system.trials[name]
         seed_all(seed)
-        with self.reporter.bar(f"{trial.what}, seed {seed}", 0), one_thread():
+        with self.reporter.bar(f"{trial.what}, seed {seed}", 0), threads(1):
             measured = trial.run(self.config, seed)
         if main_process():
             folder.write_json(str(path.relative_to(folder.path)), measured)
@@ -233,6 +239,7 @@ class Job:
                     "cost": {name: statistics.fmean(c["cost"][name] for c in own) for name in own[0]["cost"]},
                     "gates": [{"name": name} | gate for name, gate in own[0]["gates"].items()],
                     "gate_history": own[0]["gate_history"],
+                    "gate_sample": own[0]["gate_sample"],
                 }
                 arms[arm]["cost"]["parameters"] = own[0]["cost"]["parameters"]
             else:
@@ -371,14 +378,17 @@ def seconds_text(seconds: float) -> str:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Trials are tiny: a second thread would spend its time waiting, and on a busy machine much more than that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """Use ``count`` CPU threads inside the context; 0 leaves them.
+
+    For a tiny model a second thread spends its time waiting, and on a busy machine much more than that.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def gate_names(model: nn.Module) -> list[str]:

@@ -56,6 +56,8 @@ class System(ABC, Generic[C]):
         task: the task class its arms are trained by.
         quick: what ``--quick`` changes, by dotted field name: a smaller budget, the same mechanism.
         trials: side experiments by name.
+        presets: the paper's own settings as whole configurations, for ``--preset NAME``.
+        threads: CPU threads that serve it best; 0 takes all. A miniature is too small for a second one to help.
     """
 
     name: ClassVar[str]
@@ -63,6 +65,8 @@ class System(ABC, Generic[C]):
     task: ClassVar[type[Task]]
     quick: ClassVar[Mapping[str, Any]] = {}
     trials: ClassVar[Mapping[str, Trial[Any]]] = {}
+    presets: ClassVar[Mapping[str, Any]] = {}
+    threads: ClassVar[int] = 0
 
     @abstractmethod
     def load_data(self, config: C, source: Source) -> Data:

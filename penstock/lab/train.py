@@ -41,6 +41,8 @@ class Hardware:
     """ddp, fsdp ... where there are several devices."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
     """Of the arithmetic."""
+    threads: int = 0
+    """CPU threads; 0: what suits the system."""
 
 
 class NonFiniteError(RuntimeError):
@@ -253,6 +255,7 @@ def train_stage(
         hardware,
         max_steps=train.steps or -1,
         max_epochs=-1 if train.steps else train.epochs,
+        limit_val_batches=train.validate_batches or 1.0,
         gradient_clip_val=train.clip_norm or None,
         callbacks=callbacks,
         logger=curves,

@@ -46,6 +46,8 @@ class Training:
     """Gradients are scaled down to this norm; 0 leaves them."""
     validate_every: int = 0
     """Steps between validations; 0: after each epoch, or ten times where `steps` counts."""
+    validate_batches: int = 0
+    """Batches a validation looks at; 0: the whole split. The test always sees all of its own."""
     patience: int = 0
     """Stop after so many validations without improvement and keep the best weights; 0 trains to the end."""
 
