@@ -62,7 +62,7 @@ class GatedAttentionConfig:
     input_dependent: bool = True
     """Whether the gate reads the token, or is a learned constant."""
     data: TextConfig = field(default_factory=TextConfig)
-    train: Training = field(default_factory=lambda: Training(steps=350, batch_size=16, lr=3e-3))
+    train: Training = field(default_factory=lambda: Training(steps=350, batch_size=16, lr=3e-3, validate_batches=32))
 
 
 class GatedAttentionSystem(System[GatedAttentionConfig]):
