@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler writes to the terminal otherwise
+    warnings.showwarning = _note
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("once", module=r"penstock\.")
     try:
         if command not in COMMANDS:
             close = nearest(command, COMMANDS) or list(COMMANDS)
@@ -64,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Our own warnings are a line each; third parties' are kept off the terminal by the filters."""
+    print(f"penstock: note: {message}", file=sys.stderr)
 
 
 def _overview() -> str:

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from penstock.cli import main
-from penstock.data.base import Source
 from penstock.errors import UserError
 from penstock.lab.store import RunFolder, load, open_run, write_atomically
 
@@ -71,7 +70,7 @@ def test_log_has_every_validation(finished: Path) -> None:
 def test_saved_model_gives_the_tested_loss(finished: Path) -> None:
     run = open_run(finished)
     model = load(finished)
-    data = run.system.load_data(run.config, Source.from_dict(run.folder.about["data"]))
+    data = run.system.load_data(run.config, run.source)
     task = run.system.task(model, run.config.train, data)
     total = count = 0.0
     with torch.no_grad():

@@ -12,7 +12,6 @@ import polars as pl
 import torch
 from torch import nn
 
-from penstock.data.base import Source
 from penstock.errors import UserError
 from penstock.gates import GateNotFoundError, Table, ablate
 from penstock.lab.store import Run, open_run, write_atomically
@@ -53,7 +52,7 @@ def task_of(run: Run, model: nn.Module) -> Task:
     Raises:
         UserError: if the run's data is not there any more.
     """
-    data = run.system.load_data(run.config, Source.from_dict(run.folder.about["data"]))
+    data = run.system.load_data(run.config, run.source)
     return run.system.task(model, run.config.train, data).eval()
 
 

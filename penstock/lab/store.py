@@ -19,6 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from penstock._version import __version__
+from penstock.data.base import Source
 from penstock.errors import UserError, nearest
 from penstock.lab.config import from_dict
 from penstock.lab.jsontext import plain_json
@@ -186,6 +187,11 @@ class Run:
     system: System[Any]
     config: Any
     spec: dict[str, Any]
+
+    @property
+    def source(self) -> Source:
+        """Where the run's data came from."""
+        return Source.from_dict(self.folder.about["data"])
 
     @property
     def arms(self) -> list[str]:
