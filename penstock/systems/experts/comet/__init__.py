@@ -1,0 +1,1 @@
+"""COMET: cardinality-constrained mixture of experts with trees and local search."""
