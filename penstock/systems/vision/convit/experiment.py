@@ -207,7 +207,7 @@ def heads_figure(rows: Table) -> Figure:
         points = axes.scatter(*centres, c=[row["gate"] for row in heads], vmin=0, vmax=1, cmap="viridis", zorder=3)
         for row in heads:
             if row["span"] > 0:
-                axes.add_patch(Circle((row["x"], row["y"]), row["span"] ** 0.5, fill=False, alpha=0.3))
+                axes.add_patch(Circle((row["x"], row["y"]), row["span"] ** 0.5, fill=False, edgecolor="grey", alpha=0.6))
         far = sum(row["nonlocality"] for row in heads) / len(heads)
         axes.set_title(f"{layer}, nonlocality {far:.2f}", fontsize=8)
         axes.axhline(0, lw=0.5, color="grey")
