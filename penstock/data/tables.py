@@ -1,0 +1,590 @@
+"""The user's own tables: CSV, TSV or Parquet, read out of core into ids and numbers.
+
+A table is read three times in chunks of rows, so that raw rows never fill the memory: *scan* checks the file, infers
+what each column is and looks at the label; *fit* counts values and measures numbers on training rows only; *encode*
+writes the arrays, into a nameless temporary file where they are large.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import polars as pl
+import yaml
+from numpy.typing import NDArray
+
+from penstock.data.base import Data, Source
+from penstock.data.loader import Batches
+from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
+from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
+from penstock.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+_SPLIT_NAMES = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2, "testing": 2}
+_LABEL_NAMES = ("label", "click", "clicked", "is_click", "target", "y")
+_SEPARATORS = ("^", "|")
+_LONGEST = 50  # items of a sequence, unless the columns file says otherwise
+_FEW = 10  # whole numbers with no more different values than this are categories
+_SAMPLE = 1 << 20  # numbers kept to find quantiles
+
+
+@dataclass
+class TableConfig:
+    """How the user's table is read."""
+
+    min_count: int = 2
+    """Values seen less often in training share their field's "unseen" id."""
+    columns: str = ""
+    """A YAML file that says what columns are: `age: numeric`, `zip: categorical`, `id: drop`, or
+    `genres: {kind: sequence, separator: "|", max_length: 6}` (also min_count and numeric)."""
+    validation_ratio: float = 0.1
+    """Share of rows held out for validation, where no split column says which."""
+    test_ratio: float = 0.1
+    """Share of rows held out for the test, where there is neither a test file nor a split column."""
+    split_column: str = ""
+    """A column whose values are train, validation and test."""
+    seed: int = 0
+    """Of the random split."""
+    numeric: Numeric = "bucket"
+    """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers."""
+    num_quantiles: int = 20
+    """Categories of a number cut by quantile."""
+    memory_mb: int = 1024
+    """Encoded tables above this size are kept in a temporary file (in $TMPDIR) instead of memory."""
+
+    def check(self) -> None:
+        """Raise `UserError` for settings that no table can be read with."""
+        if not 0 < self.validation_ratio < 1 or not 0 <= self.test_ratio < 1 - self.validation_ratio:
+            raise UserError(
+                f"validation_ratio={self.validation_ratio}, test_ratio={self.test_ratio}: each is a share of the rows, "
+                "and some must be left for training"
+            )
+        for name, least in (("min_count", 1), ("num_quantiles", 2), ("memory_mb", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be {least} or more")
+
+
+class TableData(Data):
+    """Encoded splits of a table.
+
+    Args:
+        schema: of the table.
+        splits: the rows of each split.
+        source: where it is from, for people.
+        notes: what was done that a person should know.
+
+    Attributes:
+        spec: ``schema`` (plain); ``fields`` (names), ``field_sizes`` and ``offsets`` in the order of the batch;
+            ``num_ids``; ``num_id_fields`` F, ``num_numeric`` N and ``num_sequences`` S; ``labels`` (names).
+    """
+
+    def __init__(self, schema: Schema, splits: Mapping[Split, Rows], source: str, notes: Sequence[str] = ()) -> None:
+        self.schema, self.splits, self.source, self.notes = schema, splits, source, list(notes)
+        self.spec = {
+            "schema": schema.to_dict(),
+            "fields": [f.name for f in schema.fields],
+            "field_sizes": [f.size for f in schema.fields],
+            "offsets": [f.offset for f in schema.fields],
+            "num_ids": schema.num_ids,
+            "num_id_fields": len(schema.of("ids")),
+            "num_numeric": len(schema.of("numeric")),
+            "num_sequences": len(schema.of("sequences")),
+            "labels": [label.name for label in schema.labels],
+        }
+
+    def train(self, batch_size: int, seed: int) -> Batches:
+        return self._batches("train", batch_size, shuffle=True, seed=seed)
+
+    def validation(self, batch_size: int) -> Batches:
+        return self._batches("validation", batch_size)
+
+    def test(self, batch_size: int) -> Batches:
+        return self._batches("test", batch_size)
+
+    def _batches(self, split: Split, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
+        rows = self.splits[split]
+        return Batches(lambda index: rows.batch(index.numpy()), len(rows.label), batch_size, shuffle=shuffle, seed=seed)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "rows": {split: len(rows.label) for split, rows in self.splits.items()},
+            "fields": {f.name: f.size for f in self.schema.fields},
+            "num_ids": self.schema.num_ids,
+            "labels": {
+                label.name: {split: float(rows.label[:, place].mean()) for split, rows in self.splits.items()}
+                for place, label in enumerate(self.schema.labels)
+            },
+            "notes": self.notes,
+        }
+
+
+def read_table(config: TableConfig, source: Source, *, labels: Literal["binary", "any"] = "binary") -> TableData:
+    """Read the user's table and, if given, their test table.
+
+    Args:
+        config: how.
+        source: the paths and the label column; several columns separated by commas where ``labels`` is "any".
+        labels: "binary": one label with two values, the first in sorted order becoming 0; "any": labels may also be
+            numbers, which are kept as they are.
+
+    Raises:
+        UserError: naming file, row and column of what cannot be used, and what would be right.
+    """
+    assert source.data is not None, "a table needs a path; the embedded default is made elsewhere"
+    config.check()
+    raw = RawTable(source.data)
+    held_out = RawTable(source.test) if source.test is not None else None
+    targets = _label_columns(raw, source.label, several=labels == "any")
+    if config.split_column:
+        if config.split_column not in raw.columns:
+            raise UserError(
+                f"{raw.path}: no column {config.split_column!r} to split by; "
+                f"{did_you_mean(config.split_column, raw.columns)}"
+            )
+    elif held_out is None and config.test_ratio == 0:
+        raise UserError("test_ratio=0 leaves nothing to test on; give a larger one, a test file or a split column")
+    overrides = _read_overrides(config, raw)
+    if held_out is not None:
+        held_out.must_have(targets)
+
+    scan = _scan(raw, config, held_out is not None)
+    label_fields = [_label(raw, name, scan.columns[name], labels) for name in targets]
+    plans, notes = _plan(raw, scan, {*targets, config.split_column}, overrides, config)
+    if held_out is not None:
+        held_out.must_have([plan.name for plan in plans])
+        if not (rows := held_out.count_rows()):
+            raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
+        scan.rows["test"] = rows
+    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None), label_fields)
+    notes += [f"{x.name}: {x.classes[0]!r} became 0 and {x.classes[1]!r} became 1" for x in label_fields if x.classes]
+
+    size = sum(4 * math.prod(shape) for rows in scan.rows.values() for shape in schema.shapes(rows))
+    on_disk = size > config.memory_mb << 20
+    if on_disk:
+        notes.append(f"the encoded rows ({size >> 20} MB) are kept in a temporary file")
+    with tempfile.TemporaryDirectory(prefix="penstock-", ignore_cleanup_errors=True) as folder:
+        # The files are mapped before the folder goes: the rows live on without a name, and end with the process.
+        stores = {split: _Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
+        for chunk, codes in _split_chunks(raw, config, held_out is not None):
+            encoded = schema.encode(chunk)
+            for code in np.unique(codes):
+                stores[SPLITS[code]].append(Rows(*(part[codes == code] for part in encoded)))
+        if held_out is not None:
+            for chunk in held_out.chunks():
+                stores["test"].append(schema.encode(chunk))
+        splits = {split: store.finish() for split, store in stores.items()}
+    _check_classes(raw, schema, splits)
+    return TableData(schema, splits, str(raw.path), notes)
+
+
+def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[TableBatch]:
+    """Encode new rows, whose labels need not be known (they become NaN), in the order of the file.
+
+    Args:
+        spec: of the `TableData` the model was trained on.
+        path: CSV, TSV, Parquet or a directory of Parquet parts with the same columns.
+        batch_size: the most rows a batch.
+
+    Raises:
+        UserError: as `read_table`.
+    """
+    schema = Schema.from_dict(spec["schema"])
+    raw = RawTable(path)
+    raw.must_have([f.name for f in schema.fields])
+    for chunk in raw.chunks():
+        rows = schema.encode(chunk, with_labels=False)
+        for first in range(0, len(rows.label), batch_size):
+            yield rows.batch(slice(first, first + batch_size))
+
+
+# -- scan: what is in the file -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What was seen of a column in the whole training file."""
+
+    present: int = 0
+    first_gap: UserError | None = None
+    is_number: bool = True
+    is_whole: bool = True
+    is_list: bool = False
+    distinct: set[str] = field(default_factory=set)
+    separated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SEPARATORS, 0))
+
+    def update(self, name: str, chunk: Chunk) -> None:
+        column = chunk.frame[name]
+        present = column.drop_nulls()
+        self.present += len(present)
+        if self.first_gap is None and len(present) < len(column):
+            self.first_gap = chunk.error(
+                column.is_null().arg_true()[0], name, "the label is missing; every row needs one"
+            )
+        if isinstance(column.dtype, pl.List):
+            self.is_list, self.is_number = True, False
+            return
+        if self.is_number:
+            numbers = present.cast(pl.Float64, strict=False)
+            self.is_number = not numbers.null_count()
+            self.is_whole &= self.is_number and bool((numbers % 1 == 0).all())
+        if len(self.distinct) <= _FEW:
+            self.distinct.update(as_text(present.unique()).sort()[: 2 * _FEW].to_list())
+        if not self.is_number:
+            for separator in _SEPARATORS:
+                self.separated[separator] += int(present.str.contains(separator, literal=True).sum())
+
+
+class _Scan(NamedTuple):
+    columns: dict[str, _Seen]
+    rows: dict[Split, int]
+
+
+def _scan(raw: RawTable, config: TableConfig, has_test: bool) -> _Scan:
+    columns = {name: _Seen() for name in raw.columns if name}
+    counts = np.zeros(len(SPLITS), np.int64)
+    for chunk, codes in _split_chunks(raw, config, has_test):
+        for name, seen in columns.items():
+            seen.update(name, chunk)
+        counts += np.bincount(codes, minlength=len(SPLITS))
+    if not counts.any():
+        raise UserError(f"{raw.path}: there is a header and no row; there is nothing to learn from")
+    rows = dict(zip(SPLITS, counts.tolist(), strict=True))
+    if has_test and rows.pop("test"):
+        raise UserError(
+            f"{raw.path}: {config.split_column!r} marks rows for the test, and a test file is given too; "
+            "give one of the two"
+        )
+    for split, count in rows.items():
+        if not count:
+            more = (
+                f"mark some in {config.split_column!r}"
+                if config.split_column
+                else "give more rows, other ratios or a split column"
+            )
+            raise UserError(f"{raw.path}: none of its {counts.sum()} rows is for {split}; {more}")
+    return _Scan(columns, rows)
+
+
+def _split_chunks(raw: RawTable, config: TableConfig, has_test: bool) -> Iterator[tuple[Chunk, NDArray[np.int64]]]:
+    """Chunks with each row's split (its place in `SPLITS`); the same at every reading."""
+    draw = np.random.default_rng(config.seed)
+    test_from = 1.0 if has_test else 1.0 - config.test_ratio
+    validation_from = test_from - config.validation_ratio
+    for chunk in raw.chunks():
+        if not config.split_column:
+            lot = draw.random(chunk.frame.height)
+            yield chunk, (lot >= validation_from).astype(np.int64) + (lot >= test_from)
+            continue
+        marks = chunk.text(config.split_column)
+        codes = marks.str.to_lowercase().replace_strict(_SPLIT_NAMES, default=None, return_dtype=pl.Int64)
+        if (bad := codes.is_null().arg_true()).len():
+            raise chunk.error(
+                bad[0], config.split_column, f"{marks[bad[0]]!r} is no split; it must be train, validation or test"
+            )
+        yield chunk, codes.to_numpy()
+
+
+# -- the label and the kinds of columns ----------------------------------------------------------------------
+
+
+def _label_columns(raw: RawTable, asked: str | None, *, several: bool) -> list[str]:
+    if asked is None:
+        known = [name for name in raw.columns if name.lower() in _LABEL_NAMES]
+        if len(known) == 1:
+            return known
+        raise UserError(
+            f"{raw.path}: which column is the label? give --label COLUMN; "
+            f"the columns are {', '.join(filter(None, raw.columns))}"
+        )
+    names = [asked] if asked in raw.columns else [name.strip() for name in asked.split(",")]
+    for name in names:
+        if name not in raw.columns:
+            raise UserError(f"{raw.path}: no column {name!r} for the label; {did_you_mean(name, raw.columns)}")
+    if len(names) > 1 and not several:
+        raise UserError(f"--label {asked}: there is one label here; give one column")
+    return names
+
+
+def _label(raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"]) -> Label:
+    if seen.first_gap is not None:
+        raise seen.first_gap
+    where = f"{raw.path}, column {name!r}"
+    if seen.is_list:
+        raise UserError(f"{where}: holds lists; a label is one value a row")
+    numbers = sorted(set(map(float, seen.distinct))) if seen.is_number else []
+    classes = [str(int(x)) if x.is_integer() else repr(x) for x in numbers] or sorted(seen.distinct)
+    if len(classes) == 1:
+        raise UserError(f"{where}: every row has the label {classes[0]!r}; there is nothing to tell apart")
+    if len(classes) == 2:
+        return Label(name, tuple(classes), number=seen.is_number)
+    if kinds == "any" and seen.is_number:
+        return Label(name)
+    raise UserError(
+        f"{where}: a label must have two values, and it has {', '.join(classes[:4])}" + ", ..." * (len(classes) > 4)
+    )
+
+
+def _read_overrides(config: TableConfig, raw: RawTable) -> dict[str, dict[str, Any]]:
+    """The columns file: `Field` settings for each column it names, whose kind may be "drop"."""
+    if not config.columns:
+        return {}
+    path = Path(config.columns)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: the file of columns cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: must map columns to kinds, as `age: numeric`")
+    overrides = {}
+    for name, value in given.items():
+        if name not in raw.columns:
+            raise UserError(f"{path}: {raw.path.name} has no column {name!r}; {did_you_mean(str(name), raw.columns)}")
+        overrides[name] = value if isinstance(value, dict) else {"kind": value}
+        _check_override(f"{path}, {name}", overrides[name])
+    return overrides
+
+
+def _check_override(where: str, settings: Mapping[str, Any]) -> None:
+    choices = {"kind": (*get_args(Kind), "drop"), "numeric": get_args(Numeric)}
+    for key, value in settings.items():
+        if key in choices:
+            right, fits = f"one of {', '.join(choices[key])}", value in choices[key]
+        elif key in ("max_length", "min_count"):
+            right, fits = "a whole number, 1 or more", isinstance(value, int) and value >= 1
+        elif key == "separator":
+            right, fits = "some text", isinstance(value, str) and value != ""
+        else:
+            raise UserError(
+                f"{where}: {key!r} is no setting; there are kind, numeric, max_length, min_count and separator"
+            )
+        if not fits:
+            raise UserError(f"{where}: {key} is {value!r} and must be {right}")
+
+
+def _plan(
+    raw: RawTable, scan: _Scan, other: set[str], overrides: Mapping[str, Mapping[str, Any]], config: TableConfig
+) -> tuple[list[Field], list[str]]:
+    """The fields to fit, and notes on what was left out."""
+    plans = []
+    notes = ["a column without a name was left out"] if "" in raw.columns else []
+    for name, seen in scan.columns.items():
+        settings = overrides.get(name, {})
+        if name in other or settings.get("kind") == "drop":
+            continue
+        if not seen.present:
+            notes.append(f"{name} has no value in any row and was left out")
+            continue
+        kind: Kind = settings.get("kind") or _infer(name, seen)
+        usual = max(_SEPARATORS, key=lambda s: seen.separated[s])
+        plans.append(
+            Field(
+                name,
+                kind,
+                numeric=settings.get("numeric", config.numeric) if kind == "numeric" else "",
+                separator=settings.get("separator", usual) if kind == "sequence" else "",
+                max_length=settings.get("max_length", 0) if kind == "sequence" else 0,
+                min_count=settings.get("min_count", config.min_count),
+            )
+        )
+    if not plans:
+        raise UserError(f"{raw.path}: no column beside the label has a value; there is nothing to learn from")
+    return plans, notes
+
+
+def _infer(name: str, seen: _Seen) -> Kind:
+    """Lists, and text of which a tenth holds a separator, are sequences; numbers are numeric unless they are whole and
+    either few or named as ids; the rest is categorical."""
+    if seen.is_list or (not seen.is_number and max(seen.separated.values()) >= 0.1 * seen.present):
+        return "sequence"
+    named_id = re.search(r"(^|_)(id|ID|Id)$|[a-z]I[dD]$", name) is not None
+    if seen.is_number and not (seen.is_whole and (named_id or len(seen.distinct) <= _FEW)):
+        return "numeric"
+    return "categorical"
+
+
+# -- fit: vocabularies and measures of the training rows ------------------------------------------------------
+
+
+class _Counts:
+    """How often each word occurs, in the order of first sight."""
+
+    def __init__(self) -> None:
+        self.parts: list[pl.DataFrame] = []
+
+    def add(self, words: pl.Series) -> None:
+        counted = words.drop_nulls().alias("word").to_frame().group_by("word", maintain_order=True).len("count")
+        # Through Arrow's contiguous strings: polars' would keep the whole chunk they were cut from.
+        own = pl.Series("word", counted["word"].to_arrow(compat_level=pl.CompatLevel.oldest()))
+        self.parts.append(counted.with_columns(own))
+        # Merging when the loose parts outgrow the merged one keeps the work linear.
+        if sum(part.height for part in self.parts[1:]) > max(self.parts[0].height, 1 << 16):
+            self.parts = [self.merged()]
+
+    def merged(self) -> pl.DataFrame:
+        return pl.concat(self.parts).group_by("word", maintain_order=True).agg(pl.col("count").sum())
+
+    def words(self, min_count: int) -> tuple[str, ...]:
+        """Words seen at least ``min_count`` times, most frequent first, then by first sight."""
+        kept = self.merged().filter(pl.col("count") >= min_count)
+        return tuple(kept.sort("count", descending=True, maintain_order=True)["word"])
+
+
+class _Moments:
+    """Mean and standard deviation of a stream (Chan, Golub and LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, numbers: NDArray[np.float64]) -> None:
+        if len(numbers):
+            total, delta = self.count + len(numbers), float(numbers.mean()) - self.mean
+            self.squares += float(numbers.var()) * len(numbers) + delta**2 * self.count * len(numbers) / total
+            self.mean += delta * len(numbers) / total
+            self.count = total
+
+    @property
+    def std(self) -> float:
+        """1 for a constant, which becomes 0 and not NaN when standardised."""
+        return math.sqrt(self.squares / max(self.count, 1)) or 1.0
+
+
+class _Sample:
+    """A uniform sample of a stream, all of it while it is small."""
+
+    def __init__(self, seed: int) -> None:
+        self.numbers: NDArray[np.float64] = np.empty(0)
+        self.share = 1.0
+        self.draw = np.random.default_rng(seed)
+
+    def add(self, numbers: NDArray[np.float64]) -> None:
+        self.numbers = np.concatenate([self.numbers, numbers[self.draw.random(len(numbers)) < self.share]])
+        while len(self.numbers) > _SAMPLE:
+            self.numbers = self.numbers[self.draw.random(len(self.numbers)) < 0.5]
+            self.share /= 2
+
+    def edges(self, count: int) -> tuple[float, ...]:
+        """Upper ends of ``count`` quantiles but the last; fewer where values repeat."""
+        if not len(self.numbers):
+            return ()
+        return tuple(np.unique(np.quantile(self.numbers, np.arange(1, count) / count, method="lower")).tolist())
+
+
+class _Fitter:
+    """Learns one field from training rows."""
+
+    def __init__(self, plan: Field, config: TableConfig) -> None:
+        self.plan, self.config = plan, config
+        self.counts, self.moments, self.sample = _Counts(), _Moments(), _Sample(config.seed)
+        self.longest = 1
+
+    def update(self, chunk: Chunk) -> None:
+        plan = self.plan
+        if plan.kind == "categorical":
+            self.counts.add(chunk.text(plan.name))
+        elif plan.kind == "sequence":
+            items, lengths = items_of(plan, chunk)
+            self.longest = max(self.longest, int(lengths.max(initial=0)))
+            self.counts.add(items)
+        elif plan.numeric == "bucket":
+            self.counts.add(as_text(criteo_bucket(chunk.numbers(plan.name))))
+        else:
+            numbers = chunk.numbers(plan.name).drop_nulls().to_numpy()
+            (self.sample if plan.numeric == "quantile" else self.moments).add(numbers)
+
+    def field(self) -> Field:
+        plan = self.plan
+        if plan.kind == "categorical":
+            return replace(plan, words=self.counts.words(plan.min_count))
+        if plan.kind == "sequence":
+            longest = plan.max_length or min(self.longest, _LONGEST)
+            return replace(plan, words=self.counts.words(plan.min_count), max_length=longest)
+        if plan.numeric == "bucket":
+            return replace(plan, words=tuple(sorted(self.counts.words(1), key=int)))
+        if plan.numeric == "standardize":
+            return replace(plan, mean=self.moments.mean, std=self.moments.std)
+        edges = self.sample.edges(self.config.num_quantiles)
+        ends = ["-inf", *(f"{edge:.6g}" for edge in edges), "inf"]
+        words = tuple(f"({low}, {high}]" for low, high in pairwise(ends))
+        return replace(plan, words=words, edges=edges)
+
+
+def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool) -> list[Field]:
+    fitters = [_Fitter(plan, config) for plan in plans]
+    for chunk, codes in _split_chunks(raw, config, has_test):
+        training = chunk._replace(frame=chunk.frame.filter(pl.Series(codes == 0)))
+        for fitter in fitters:
+            fitter.update(training)
+    return [fitter.field() for fitter in fitters]
+
+
+# -- encode: where the rows are kept -------------------------------------------------------------------------
+
+
+class _Store:
+    """Collects the encoded rows of a split, in memory or in files under ``folder``."""
+
+    def __init__(self, schema: Schema, rows: int, folder: Path | None) -> None:
+        dtypes = (np.int32, np.float32, np.int32, np.float32)
+        self.layout = list(zip(schema.shapes(rows), dtypes, strict=True))
+        self.filled = 0
+        self.arrays = [] if folder else [np.empty(shape, dtype) for shape, dtype in self.layout]
+        self.paths = [folder / name for name in Rows._fields] if folder else []
+        if folder:
+            folder.mkdir()
+
+    def append(self, rows: Rows) -> None:
+        for array, part in zip(self.arrays, rows, strict=False):
+            array[self.filled : self.filled + len(part)] = part
+        for path, part in zip(self.paths, rows, strict=False):
+            with path.open("ab") as file:
+                file.write(np.ascontiguousarray(part).tobytes())
+        self.filled += len(rows.label)
+
+    def finish(self) -> Rows:
+        if self.paths:
+            # An empty file cannot be mapped.
+            self.arrays = [
+                np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.empty(shape, dtype)
+                for path, (shape, dtype) in zip(self.paths, self.layout, strict=True)
+            ]
+        return Rows(*self.arrays)
+
+
+def _check_classes(raw: RawTable, schema: Schema, splits: Mapping[Split, Rows]) -> None:
+    """AUC is undefined on a split with one class."""
+    for split, rows in splits.items():
+        for place, label in enumerate(schema.labels):
+            values = rows.label[:, place]
+            if label.classes and values.min() == values.max():
+                only = label.classes[int(values[0])]
+                raise UserError(
+                    f"{raw.path}: all {len(values)} {split} rows have {label.name} = {only!r}, so that no AUC can be "
+                    "measured; give more rows, other ratios, another seed or a split column"
+                )
+
+
+__all__ = [
+    "Field",
+    "Label",
+    "RawTable",
+    "Rows",
+    "Schema",
+    "TableBatch",
+    "TableConfig",
+    "TableData",
+    "read_rows",
+    "read_table",
+]
