@@ -72,6 +72,7 @@ class Comet(System[CometConfig]):
     """See card.toml."""
 
     name = "comet"
+    threads = 1
     Config = CometConfig
     task = MixtureRegression
     quick: ClassVar[Mapping[str, Any]] = {"train.steps": 300, "data.test_size": 1000}

@@ -75,6 +75,7 @@ class ConViTSystem(System[ConViTConfig]):
     """See card.toml."""
 
     name = "convit"
+    threads = 1
     Config = ConViTConfig
     task = HeadPictures
     quick: ClassVar[Mapping[str, Any]] = {"train.steps": 60}
@@ -207,7 +208,9 @@ def heads_figure(rows: Table) -> Figure:
         points = axes.scatter(*centres, c=[row["gate"] for row in heads], vmin=0, vmax=1, cmap="viridis", zorder=3)
         for row in heads:
             if row["span"] > 0:
-                axes.add_patch(Circle((row["x"], row["y"]), row["span"] ** 0.5, fill=False, edgecolor="grey", alpha=0.6))
+                axes.add_patch(
+                    Circle((row["x"], row["y"]), row["span"] ** 0.5, fill=False, edgecolor="grey", alpha=0.6)
+                )
         far = sum(row["nonlocality"] for row in heads) / len(heads)
         axes.set_title(f"{layer}, nonlocality {far:.2f}", fontsize=8)
         axes.axhline(0, lw=0.5, color="grey")
