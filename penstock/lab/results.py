@@ -63,11 +63,13 @@ class Effect:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% confidence interval of the mean over seeds, by Student's t; ``None`` from a single seed."""
-        if self.exact and self.values:
-            return min(self.values), max(self.values)
+        """95% confidence interval of the mean over seeds, by Student's t; ``None`` from one seed or without numbers."""
         n = len(self.values)
-        if n < 2:
+        if not n or not all(map(math.isfinite, self.values)):
+            return None
+        if self.exact:
+            return min(self.values), max(self.values)
+        if n == 1:
             return None
         from scipy.stats import t
 
@@ -78,7 +80,7 @@ class Effect:
     def verdict(self) -> Verdict:
         """Holds if the whole interval is on the right side of the threshold, does not if none of it is."""
         interval = self.interval
-        if interval is None or not all(map(math.isfinite, interval)):
+        if interval is None:
             return "undecided"
         low, high = interval
         if self.must_be == "<":

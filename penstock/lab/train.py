@@ -81,12 +81,14 @@ class Keeper(Callback):
 
     Args:
         path: of the checkpoint of this stage; saving takes at most a twentieth of the time.
+        validate_every: steps between validations (0: at the ends of epochs). A step that ends with one is not saved:
+            going on from there, Lightning would leave the validation out.
         curves: restored with the rest, so that a resumed run has whole curves.
         best: keep the weights of the best validation and put them back at the end.
     """
 
-    def __init__(self, path: Path, curves: Curves, *, best: bool) -> None:
-        self.path, self.curves, self.best = path, curves, best
+    def __init__(self, path: Path, validate_every: int, curves: Curves, *, best: bool) -> None:
+        self.path, self.validate_every, self.curves, self.best = path, validate_every, curves, best
         self._next_save = 0.0
         self._random: dict[str, Any] | None = None
         self.best_score: float | None = None
@@ -110,7 +112,8 @@ class Keeper(Callback):
             raise NonFiniteError(
                 f"the loss is {float(loss)} at step {trainer.global_step} (learning rate {rate:.3g}); {kept}"
             )
-        if time.monotonic() > self._next_save:
+        validates = trainer.is_last_batch or (self.validate_every and trainer.global_step % self.validate_every == 0)
+        if time.monotonic() > self._next_save and not validates:
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -238,19 +241,17 @@ def train_stage(
     batches = task.data.train(train.batch_size, seed)
     total = check_budget(train, len(batches))
     curves = Curves(labels | {"stage": stage.name})
-    keeper = Keeper(path, curves, best=train.patience > 0)
+    every = train.validate_every or (max(total // 10, 1) if train.steps else 0)
+    validation: dict[str, Any] = {"check_val_every_n_epoch": 1}
+    if every:
+        validation = {"check_val_every_n_epoch": None, "val_check_interval": every}
+    keeper = Keeper(path, every, curves, best=train.patience > 0)
     gates = GateHistory()
     # The keeper comes before early stopping and after everything whose state it must save.
     callbacks: list[Callback] = [gates, Show(reporter), keeper]
     if train.patience:
         name, mode = task.monitor
         callbacks.append(EarlyStopping(f"val/{name}", patience=train.patience, mode=mode, check_finite=False))
-    validation: dict[str, Any] = {"check_val_every_n_epoch": 1}
-    if train.steps or train.validate_every:
-        validation = {
-            "val_check_interval": train.validate_every or max(total // 10, 1),
-            "check_val_every_n_epoch": None,
-        }
     trainer = make_trainer(
         hardware,
         max_steps=train.steps or -1,
