@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from penstock.gates.core import Pattern, named_gates
+from penstock.gates.core import Pattern
 from penstock.gates.force import GateWarning, force
 from penstock.gates.watch import Table, watch
 
@@ -40,12 +40,19 @@ def ablate(
         gates together, each with the metrics and their change; ``note`` says where nothing could change.
 
     Raises:
-        GateNotFoundError: if the pattern matches no gate.
+        GateNotFoundError: if the pattern matches no gate, or there is none; the message lists the gates.
+
+    Example:
+        >>> import torch, penstock
+        >>> gate, x = penstock.gates.ParameterGate(3), torch.ones(2, 3)
+        >>> print(penstock.ablate(gate, lambda gate: (gate() * x).sum().item(), how=["open"]))
+        gate          forced  metric  metric change
+        (as trained)       -       3              -
+        (model)         open       6              3
     """
-    gates = list(named_gates(model, pattern))
-    with watch(model, gates) as log:
+    with watch(model, pattern) as log:
         base = _metrics(evaluate(model))
-    means = log.mean()
+    gates, means = list(log), log.mean()
     rows = Table([{"gate": "(as trained)", "forced": "-"} | base])
     for name in [*gates, *([None] if len(gates) > 1 else [])]:
         chosen = gates if name is None else [name]
@@ -57,7 +64,7 @@ def ablate(
             row: dict[str, Any] = {"gate": "(all)" if name is None else name or "(model)", "forced": one} | changed
             row |= {f"{m} change": value - base[m] for m, value in changed.items()}
             if set(chosen) <= forcing.unchanged or (one == "mean" and all(log[g].static for g in chosen)):
-                row["note"] = "cannot change: the gate is static"
+                row["note"] = "nothing changes: no value depends on the sample"
             rows.append(row)
     return rows
 

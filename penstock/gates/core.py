@@ -10,13 +10,15 @@ Shape legend: B batch, E experts, K chosen experts; ``...`` any leading axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Passes = Literal[
     "feature", "channel", "position", "token", "head", "block", "expert", "layer", "level", "code", "sample"
@@ -78,11 +80,23 @@ class Gate(nn.Module):
     Class attributes (an instance may override them):
         passes: what the gate lets through.
         kind: how values are read, and so what open and closed mean.
-        range: the smallest and the largest value the gate can take.
-        neutral: the values of (closed, open), where the kind's own do not apply; see `open_value`.
+        range: the smallest and the largest value the gate can take; either may be infinite.
+        neutral: the values of (closed, open), where those of the kind and range do not apply; see `Spec.bounds`.
         unit_dims: how many trailing axes number the gate's units (its heads, channels, ...), the axes before
-            them being the inputs it saw. ``None``: the leading axes shared with the first tensor argument
-            are inputs (only the batch axis of an image), the rest are units.
+            them being the inputs it saw. ``None``: it is guessed from the first tensor argument, see `input_dims`;
+            to be declared where sizes could be alike by chance (as many heads as samples in a batch).
+
+    Example:
+        >>> import torch, penstock
+        >>> class ChannelGate(penstock.Gate):
+        ...     passes = "channel"
+        ...     def __init__(self, channels: int) -> None:
+        ...         super().__init__()
+        ...         self.proj = torch.nn.Linear(channels, channels)
+        ...     def forward(self, x_BC: torch.Tensor) -> torch.Tensor:
+        ...         return self.proj(x_BC).sigmoid()
+        >>> list(penstock.gates.named_gates(torch.nn.ModuleDict({"gate": ChannelGate(4)})))
+        ['gate']
     """
 
     passes: Passes = "feature"
@@ -91,12 +105,10 @@ class Gate(nn.Module):
     neutral: tuple[float, float] | None = None
     unit_dims: int | None = None
 
-    _kinds: ClassVar[tuple[str, ...]] = get_args(Kind)
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.kind not in cls._kinds:
-            raise TypeError(f"{cls.__name__}.kind is {cls.kind!r}; it must be one of {', '.join(cls._kinds)}")
+        if cls.kind not in get_args(Kind):
+            raise TypeError(f"{cls.__name__}.kind is {cls.kind!r}; it must be one of {get_args(Kind)}")
         if cls.passes not in get_args(Passes):
             raise TypeError(f"{cls.__name__}.passes is {cls.passes!r}; it must be one of {get_args(Passes)}")
 
@@ -111,6 +123,14 @@ class Spec:
     neutral: tuple[float, float] | None = None
     unit_dims: int | None = None
     output: int | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind={self.kind!r}: it must be one of {get_args(Kind)}")
+        if self.passes not in get_args(Passes):
+            raise ValueError(f"passes={self.passes!r}: it must be one of {get_args(Passes)}")
+        if not self.range[0] < self.range[1]:
+            raise ValueError(f"range={self.range}: it must be the smallest and then the largest value")
 
     def read(self, output: Any) -> Values:
         """The gate's values in what the module returned."""
@@ -137,7 +157,11 @@ class Spec:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """(closed, open) for kinds whose values are not a choice."""
+        """(closed, open) for kinds whose values are not a choice.
+
+        `neutral` where given; else zero and one, or the end of the range that is nearest. A decay has the ends of
+        its range: a log-decay forgets at minus infinity and keeps at zero.
+        """
         if self.neutral is not None:
             return self.neutral
         low, high = self.range
@@ -163,8 +187,8 @@ class Spec:
         """Raise `ClosedError` if the gate has no closed position."""
         if self.kind in ("simplex", "one-hot"):
             raise ClosedError(
-                f"a {self.kind} gate over {self.passes}s always passes something: force an entry (its number), "
-                "'open' (all alike), 'shuffle', 'mean' or a tensor instead of 'closed'"
+                f"a {self.kind} gate over {self.passes}s always passes something: force an entry (its number), 'open' "
+                "(all alike), 'shuffle', 'mean' or a tensor instead of 'closed' (torch.zeros(1) with where= shuts one)"
             )
 
     def closed_like(self, values: Tensor) -> Tensor:
@@ -195,8 +219,11 @@ def one_hot_like(values: Tensor, index: int) -> Tensor:
     return hot
 
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
 def mark(
-    module: nn.Module,
+    module: _Module,
     *,
     kind: Kind,
     passes: Passes,
@@ -204,7 +231,7 @@ def mark(
     neutral: tuple[float, float] | None = None,
     unit_dims: int | None = None,
     output: int | Sequence[str] | None = None,
-) -> nn.Module:
+) -> _Module:
     """Make a gate of a foreign module, without touching its class.
 
     Args:
@@ -218,14 +245,22 @@ def mark(
         the same module, now found by `watch`, `force`, `ablate` and `twin`.
 
     Raises:
-        ValueError: for an unknown kind, or names that do not describe a router.
+        ValueError: for an unknown kind, an empty range, or names that do not describe a router.
+
+    Example:
+        >>> import torch, penstock
+        >>> excite = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Sigmoid())
+        >>> _ = penstock.mark(excite[1], kind="scale", passes="channel")
+        >>> with penstock.force(excite, "open"):
+        ...     float(excite(torch.randn(2, 8)).min())
+        1.0
     """
-    if kind not in get_args(Kind) or passes not in get_args(Passes):
-        raise ValueError(f"kind={kind!r}, passes={passes!r}: kind is one of {get_args(Kind)}, passes one of {get_args(Passes)}")
     if output is not None and not isinstance(output, int):
         output = tuple(output)
         if missing := set(Routing._fields) - set(output):
-            raise ValueError(f"output={output} names no {', '.join(sorted(missing))}; a router has weights, indices and logits")
+            raise ValueError(
+                f"output={output} names no {', '.join(sorted(missing))}; a router has weights, indices and logits"
+            )
     module.__dict__[_ATTRIBUTE] = Spec(passes, kind, range, neutral, unit_dims, output)
     return module
 
@@ -248,52 +283,92 @@ def named_gates(model: nn.Module, pattern: Pattern = None) -> dict[str, nn.Modul
 
     Args:
         model: any module tree; a gate shared by several parents appears once, under its first name.
-        pattern: shell-style pattern(s) on dotted names ("blocks.*.gate"; any name of a shared gate counts), a
+        pattern: a name or shell-style pattern, or several ("blocks.*.gate"; any name of a shared gate counts), a
             predicate ``f(name, module)``, or ``None`` for all.
 
     Raises:
-        GateNotFoundError: if a pattern matches no gate.
-        TypeError: if ``model`` is a compiled module, whose traced code would not run the hooks.
+        GateNotFoundError: if a pattern matches no gate, or there is none at all.
+        TypeError: if ``model`` is what ``torch.compile`` returned.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError("the model is compiled, and compiled code ignores later hooks: watch or force model._orig_mod, or compile inside the context")
+    if "_orig_mod" in model._modules:
+        raise TypeError(
+            "the model is compiled: give the module it was compiled from (its _orig_mod), or compile inside the context"
+        )
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if spec_of(module) is not None:
             names.setdefault(module, []).append(name)
     if pattern is None:
-        return {aliases[0]: module for module, aliases in names.items()}
+        return _found({a[0]: m for m, a in names.items()}, "the model", names)
     if callable(pattern):
         return _found({a[0]: m for m, a in names.items() if pattern(a[0], m)}, "the predicate", names)
     found: dict[str, nn.Module] = {}
     for one in [pattern] if isinstance(pattern, str) else pattern:
-        found |= _found({a[0]: m for m, a in names.items() if any(fnmatchcase(n, one) for n in a)}, repr(one), names)
-    return found
+        # Names are compared first: a name may hold brackets or stars of its own (the keys of a ModuleDict).
+        matching = {a[0]: m for m, a in names.items() if any(n == one or fnmatchcase(n, one) for n in a)}
+        found |= _found(matching, repr(one), names)
+    return _found(found, repr(pattern), names)
 
 
 def _found(gates: dict[str, nn.Module], asked: str, names: dict[nn.Module, list[str]]) -> dict[str, nn.Module]:
+    if not names:
+        raise GateNotFoundError("the model has no gates: make one of a module with penstock.mark")
     if not gates:
-        known = ", ".join(aliases[0] or "(the model itself)" for aliases in names.values()) or "none"
+        known = ", ".join(aliases[0] or "'' (the model itself)" for aliases in names.values())
         raise GateNotFoundError(f"{asked} matches no gate; the gates of this model are: {known}")
     return gates
 
 
-def input_dims(spec: Spec, inputs: Sequence[Any], values: Tensor) -> int:
-    """How many leading axes of ``values`` number the inputs the gate saw; the axes after them are its units."""
+#: How many hooks of ours a module has.
+_attached: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def attach(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+    """Run ``hook(module, args, kwargs, output)`` after each forward pass, also in code compiled before.
+
+    Returns:
+        what takes the hook off again.
+    """
+    if not module._forward_hooks:
+        # Compiled code does not look for new hooks on a module that had none, but it does look whether `forward`
+        # is set on the instance: so with this it is traced anew, and without it the old code is valid again.
+        module.__dict__.setdefault("forward", module.forward)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    _attached[module] = _attached.get(module, 0) + 1
+
+    def detach() -> None:
+        handle.remove()
+        _attached[module] -= 1
+        own = module.__dict__.get("forward")
+        if not _attached[module] and getattr(own, "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
+
+    return detach
+
+
+def input_dims(spec: Spec, inputs: Any, values: Tensor) -> int:
+    """How many leading axes of ``values`` number the inputs the gate saw; the axes after them are its units.
+
+    All but the gate's `unit_dims` where it declares them. Otherwise the leading axes that ``values`` shares with the
+    first tensor among ``inputs`` (arguments, or containers of them), leaving out that tensor's features: its last
+    axis, or all but the batch axis of an image or volume. An axis that numbers choices is never an input.
+    """
     if spec.unit_dims is not None:
         return max(values.ndim - spec.unit_dims, 0)
-    first = next((x for x in inputs if isinstance(x, Tensor)), None)
-    if first is None:
+    first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+    if first is None or not first.ndim or not values.ndim:
         return 0
-    if first.ndim == 4 and values.ndim == 4:
-        return 1 if first.shape[0] == values.shape[0] else 0
+    seen = first.shape[:1] if first.ndim > 3 else first.shape[:-1]
+    if first.ndim == 1 or (values.ndim > first.ndim and not first.is_floating_point()):
+        seen = first.shape  # One number a sample, or one a position: there is no axis of features.
     shared = 0
-    for a, b in zip(first.shape, values.shape, strict=False):
+    for a, b in zip(seen, values.shape, strict=False):
         if a != b:
             break
         shared += 1
-    last_is_units = spec.kind in CHOICES or shared == values.ndim == first.ndim
-    return min(shared, values.ndim - 1) if last_is_units else shared
+    if not shared and values.shape[0] == math.prod(first.shape[:-1]):
+        shared = 1  # The gate has flattened batch and positions into one axis.
+    return min(shared, values.ndim - 1) if spec.kind in CHOICES else shared
 
 
 def tensor_of(values: Values) -> Tensor:
@@ -302,16 +377,22 @@ def tensor_of(values: Values) -> Tensor:
 
 
 def unit_interval(spec: Spec, values: Tensor) -> Tensor:
-    """``values`` mapped to [0, 1] by the gate's range; a log-decay (range without a floor) by its exponential."""
+    """``values`` mapped to [0, 1] by the gate's range.
+
+    A log-decay is mapped by its exponential. An end at infinity counts as -1 or 1; values beyond it leave [0, 1].
+    """
     low, high = spec.range
-    if math.isinf(low):
+    if spec.kind == "decay" and math.isinf(low):
         return values.exp()
-    return (values - low) / (high - low)
+    if math.isinf(low):
+        low = min(-1.0, high - 1.0)
+    if math.isinf(high):
+        high = max(1.0, low + 1.0)
+    return values if (low, high) == (0.0, 1.0) else (values - low) / (high - low)
 
 
-def parameters_of(gates: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trainable parameters inside gates, by full dotted name."""
-    for name, gate in gates.items():
-        for own, parameter in gate.named_parameters():
-            if parameter.requires_grad:
-                yield f"{name}.{own}" if name else own, parameter
+def amount(spec: Spec, values: Tensor) -> Tensor:
+    """How much passes, whatever its sign: the magnitude of ``values``, of a log-decay its exponential."""
+    if spec.kind == "decay" and math.isinf(spec.range[0]):
+        return values.exp()
+    return values if spec.range[0] >= 0.0 else values.abs()

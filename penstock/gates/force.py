@@ -5,19 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from penstock.gates.core import (
     CHOICES,
+    ClosedError,
     GateNotFoundError,
     Pattern,
     Routing,
     Spec,
-    Values,
+    attach,
     input_dims,
     named_gates,
     one_hot_like,
@@ -26,10 +26,9 @@ from penstock.gates.core import (
 )
 
 Named = Literal["open", "closed", "shuffle", "mean", "freeze"]
-How: TypeAlias = Named | float | Tensor | Sequence[Tensor] | Callable[[Any], Any]
+Constant: TypeAlias = Named | float | Tensor | Sequence[Tensor]
+How: TypeAlias = Constant | Callable[[Any], Any]
 Where: TypeAlias = int | slice | Sequence[int] | Tensor | Callable[[Tensor], Tensor] | None
-
-_NAMED = ("open", "closed", "shuffle", "mean", "freeze")
 
 
 class GateWarning(UserWarning):
@@ -38,7 +37,7 @@ class GateWarning(UserWarning):
 
 def force(
     model: nn.Module,
-    how: How | Mapping[str, How],
+    how: How | Mapping[Any, How],
     pattern: Pattern = None,
     *,
     where: Where = None,
@@ -58,22 +57,25 @@ def force(
             - a number: the value, or, for gates that choose (simplex, k-hot, one-hot, ordinal), the entry;
             - a tensor that broadcasts to the values (for a router: over all experts), or a sequence of tensors,
               one a call (as ``watch(..., keep="values").values()`` gives them: interchange);
-            - a function from values to values; gradients flow through it. A router passes its `Routing`, and
-              may return one or a tensor over all experts.
-        pattern: which gates, as for `named_gates`; a mapping brings its own.
+            - a function from values to values; gradients flow through it, and through nothing else. A router
+              passes its `Routing`, and the function may return one or a tensor over all experts.
+        pattern: which gates, as for `named_gates`; a mapping brings its own. Where several match a gate, the later
+            has the last word.
         where: restrict to part of the values: an index, slice, list of indices or boolean mask on the last axis,
             or a function from the values to a boolean mask of their shape.
-        seed: of the shuffle.
+        seed: of the shuffle, which is the same in every call with as many samples.
 
     Returns:
         a context manager. Contexts nest: hooks run in the order they were opened, so the inner one has the last
         word; leaving, also by an exception, restores everything. Its ``unchanged`` set names the gates on which
-        a shuffle had no effect (static gates, a single sample), which is also warned about.
+        no shuffle had an effect (static gates, single samples), which is also warned about.
 
     Raises:
         GateNotFoundError: if a pattern matches nothing; the message lists the gates.
         ClosedError: on "closed" for a gate that cannot close, naming the alternatives.
-        ValueError: for an unknown name, an entry out of range, or a tensor that does not broadcast.
+        TypeError: if ``model`` is what ``torch.compile`` returned: give the module it was compiled from.
+        ValueError: for an unknown name, an entry out of range, or a tensor or ``where`` that does not fit. What
+            depends on the values' shape is raised when the gate is called.
 
     Example:
         >>> import torch, penstock
@@ -86,18 +88,27 @@ def force(
 
 
 class Forcing:
-    """The context that `force` returns."""
+    """The context that `force` returns.
 
-    def __init__(self, model: nn.Module, how: How | Mapping[str, How], pattern: Pattern, *, where: Where, seed: int) -> None:
-        plan: Mapping[Any, How] = how if isinstance(how, Mapping) else {pattern: how}
-        self.unchanged: set[str] = set()
-        self._seed = seed
-        self._where = where
-        self._handles: list[RemovableHandle] = []
-        self._plan: list[tuple[str, nn.Module, Spec, How]] = []
+    Attributes:
+        unchanged: the gates that were shuffled and whose values no shuffle changed.
+    """
+
+    def __init__(
+        self, model: nn.Module, how: How | Mapping[Any, How], pattern: Pattern, *, where: Where, seed: int
+    ) -> None:
+        if isinstance(how, Mapping) and pattern is not None:
+            raise ValueError(f"pattern={pattern!r} beside a mapping: the mapping's keys are the patterns")
+        plan = list(how.items()) if isinstance(how, Mapping) else [(pattern, how)]
         if not plan:
             raise GateNotFoundError("an empty mapping forces no gate")
-        for one_pattern, one_how in plan.items():
+        self.unchanged: set[str] = set()
+        self._changed: set[str] = set()
+        self._seed = seed
+        self._where = where
+        self._undo: list[Callable[[], None]] = []
+        self._plan: list[tuple[str, nn.Module, Spec, How]] = []
+        for one_pattern, one_how in plan:
             for name, module in named_gates(model, one_pattern).items():
                 spec = spec_of(module)
                 assert spec is not None
@@ -105,107 +116,158 @@ class Forcing:
                 self._plan.append((name, module, spec, one_how))
 
     def __enter__(self) -> Forcing:
-        assert not self._handles, "a forcing context is entered once at a time"
+        if self._undo:
+            raise RuntimeError("this forcing is open already")
         for name, module, spec, how in self._plan:
-            hook = self._hook(name, spec, how)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            self._undo.append(attach(module, self._hook(name, spec, how)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def _hook(self, name: str, spec: Spec, how: How) -> Callable[..., Any]:
-        memory: dict[str, Any] = {"call": 0, "generator": torch.Generator().manual_seed(self._seed)}
+        constant = None if callable(how) else _constant(spec, how, self._seed)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             before = spec.read(output)
+            old = tensor_of(before)
+            leading = input_dims(spec, (args, kwargs), old)
+            given = how(before) if callable(how) else None
+            if isinstance(given, Routing) and isinstance(before, Routing) and self._where is None:
+                return spec.write(output, given)
             try:
-                after = self._replace(name, spec, how, before, (*args, *kwargs.values()), memory)
+                new = constant(old.detach(), leading).detach() if constant else _tensor(given)
+                new = self._fit(new, old)
             except ValueError as error:
-                raise ValueError(f"gate {name or '(the model)'!s}: {error}") from None
-            memory["call"] += 1
-            return spec.write(output, after)
+                raise ValueError(f"{_called(name)}: {error}") from error
+            if isinstance(how, str) and how == "shuffle":
+                self._compare(name, old, new, leading)
+            return spec.write(output, Routing.from_dense(new, before.logits) if isinstance(before, Routing) else new)
 
-        return hook
+        # Compiled code leaves to Python what remembers something from call to call.
+        remembers = isinstance(how, Sequence) and how not in ("open", "closed", "mean")
+        return torch.compiler.disable(hook) if remembers else hook
 
-    def _replace(self, name: str, spec: Spec, how: How, before: Values, inputs: Sequence[Any], memory: dict[str, Any]) -> Values:
-        if callable(how):
-            given = how(before)
-            if isinstance(given, Routing):
-                return given
-            new, detached = given, False
-        else:
-            new, detached = self._constant(name, spec, how, tensor_of(before), inputs, memory), True
-        old = tensor_of(before)
-        new = new.to(dtype=old.dtype, device=old.device)
-        if detached:
-            new = new.detach()
-        if torch.broadcast_shapes(new.shape, old.shape) != old.shape:
-            raise ValueError(f"a tensor of shape {tuple(new.shape)} does not broadcast to the gate's {tuple(old.shape)}")
-        new = new.expand(old.shape)
+    def _fit(self, new: Tensor, old: Tensor) -> Tensor:
+        new = _broadcast(new.to(dtype=old.dtype, device=old.device), old, "a tensor")
         if self._where is not None:
-            new = torch.where(_mask(self._where, old), new, old)
-        return Routing.from_dense(new, before.logits) if isinstance(before, Routing) else new
+            new = torch.where(_broadcast(_mask(self._where, old), old, "where"), new, old)
+        # A copy: models may write into what a gate returned, and this may be the caller's tensor.
+        return new.clone(memory_format=torch.contiguous_format)
 
-    def _constant(self, name: str, spec: Spec, how: How, old: Tensor, inputs: Sequence[Any], memory: dict[str, Any]) -> Tensor:
-        if isinstance(how, Tensor):
-            return how
-        if isinstance(how, int | float):
-            return one_hot_like(old, int(how)) if spec.kind in CHOICES else torch.full_like(old, float(how))
-        if how == "open":
-            return spec.open_like(old)
-        if how == "closed":
-            return spec.closed_like(old)
-        leading = input_dims(spec, inputs, old)
-        if how == "mean":
-            return old.mean(dim=tuple(range(leading)), keepdim=True) if leading else old
-        if how == "freeze":
-            return memory.setdefault("frozen", old.detach().clone())
-        if how == "shuffle":
-            return self._shuffle(name, old, leading, memory["generator"])
-        sequence = how
-        assert not isinstance(sequence, str) and not callable(sequence)
-        if memory["call"] >= len(sequence):
-            raise ValueError(f"was called more often than there are tensors to force ({len(sequence)})")
-        return sequence[memory["call"]]
-
-    def _shuffle(self, name: str, old: Tensor, leading: int, generator: torch.Generator) -> Tensor:
-        size = old.shape[0] if leading else 0
-        if size > 1:
-            cycle = torch.randperm(size, generator=generator).to(old.device)
-            new = torch.empty_like(old)
-            new[cycle] = old[cycle.roll(1)]
-            if not torch.equal(new, old):
-                return new
-        if name not in self.unchanged:
+    def _compare(self, name: str, old: Tensor, new: Tensor, leading: int) -> None:
+        if not torch.equal(old, new):
+            self._changed.add(name)
+            self.unchanged.discard(name)
+        elif name not in self._changed | self.unchanged:
             self.unchanged.add(name)
-            why = "it does not depend on the input" if not leading else "the samples of the batch have the same values"
-            warnings.warn(f"shuffling {name or 'the gate'} changes nothing: {why}", GateWarning, stacklevel=2)
-        return old
+            if not leading:
+                why = "it does not depend on the input"
+            elif len(old) == 1:
+                why = "the batch is a single sample"
+            else:
+                why = "the samples of the batch have the same values"
+            warnings.warn(f"shuffling {_called(name)} changes nothing: {why}", GateWarning, stacklevel=2)
+
+
+def _called(name: str) -> str:
+    return f"gate {name or '(the model)'}"
+
+
+def _constant(spec: Spec, how: Constant, seed: int) -> Callable[[Tensor, int], Tensor]:
+    """From a call's values, whose leading axes are inputs, to what is put in their place."""
+    if isinstance(how, Tensor):
+        return lambda old, leading: how
+    if isinstance(how, int | float):
+        if spec.kind in CHOICES:
+            return lambda old, leading: one_hot_like(old, int(how))
+        return lambda old, leading: torch.full_like(old, how)
+    if how == "open":
+        return lambda old, leading: spec.open_like(old)
+    if how == "closed":
+        return lambda old, leading: spec.closed_like(old)
+    if how == "mean":
+        return lambda old, leading: old.mean(tuple(range(leading)), keepdim=True) if leading else old
+    if how == "shuffle":
+        return lambda old, leading: old[_cycle(len(old), seed).to(old.device)] if leading else old
+    if how == "freeze":
+        first: list[Tensor] = []
+
+        def frozen(old: Tensor, leading: int) -> Tensor:
+            if not first:
+                first.append(old.clone())
+            return first[0]
+
+        return frozen
+    tensors = iter(how)
+
+    def following(old: Tensor, leading: int) -> Tensor:
+        tensor = next(tensors, None)
+        if tensor is None:
+            raise ValueError(f"was called more often than there are tensors to force ({len(how)})")
+        return tensor
+
+    return following
+
+
+def _cycle(size: int, seed: int) -> Tensor:
+    """A random permutation of one cycle: no element stays."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
+def _tensor(given: Any) -> Tensor:
+    if not isinstance(given, Tensor | Routing):
+        raise ValueError(f"the function returned {type(given).__name__}, not a tensor or routing")
+    return tensor_of(given)
+
+
+def _broadcast(given: Tensor, values: Tensor, what: str) -> Tensor:
+    try:
+        return given.expand(values.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{what} of shape {tuple(given.shape)} does not broadcast to the gate's {tuple(values.shape)}"
+        ) from None
 
 
 def _check(name: str, spec: Spec, how: How) -> None:
+    """What can be known to be wrong before the gate is called."""
     if isinstance(how, str):
-        if how not in _NAMED:
-            raise ValueError(f"cannot force {how!r}: it must be one of {', '.join(_NAMED)}, a number, tensor or function")
+        if how not in get_args(Named):
+            known = ", ".join(get_args(Named))
+            raise ValueError(f"cannot force {how!r}: it must be one of {known}, a number, tensor(s) or a function")
         if how == "closed":
             try:
                 spec.check_closable()
-            except ValueError as error:
-                raise type(error)(f"gate {name or '(the model)'}: {error}") from None
-    elif isinstance(how, bool) or (isinstance(how, int | float) and spec.kind in CHOICES and how != int(how)):
-        raise ValueError(f"gate {name} is {spec.kind}: {how!r} names no entry; give a whole number")
+            except ClosedError as error:
+                raise ClosedError(f"{_called(name)}: {error}") from None
+    elif isinstance(how, int | float) and not isinstance(how, bool):
+        if spec.kind in CHOICES and how != int(how):
+            raise ValueError(f"{_called(name)} is {spec.kind}: {how} names no entry; give a whole number")
+    elif not (isinstance(how, Tensor) or callable(how) or _are_tensors(how)):
+        raise ValueError(f"cannot force a {type(how).__name__}: give a name, number, tensor(s) or a function")
+
+
+def _are_tensors(how: Any) -> bool:
+    return isinstance(how, Sequence) and len(how) > 0 and all(isinstance(one, Tensor) for one in how)
 
 
 def _mask(where: Where, values: Tensor) -> Tensor:
     if callable(where):
         return where(values)
     if isinstance(where, Tensor) and where.dtype == torch.bool:
-        return where
-    mask = torch.zeros(values.shape[-1], dtype=torch.bool, device=values.device)
+        return where.to(values.device)
+    size = values.shape[-1] if values.ndim else 0
     try:
-        mask[where] = True
+        chosen = torch.arange(size)[where]
     except IndexError:
-        raise ValueError(f"where={where} is outside the last axis, which has {values.shape[-1]} entries") from None
-    return mask
+        raise ValueError(f"where={where} is outside the last axis, which has {size} entries") from None
+    if not chosen.numel():
+        raise ValueError(f"where={where} chooses nothing of the last axis, which has {size} entries")
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[chosen] = True
+    return mask.to(values.device)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from penstock.gates.core import Gate, Pattern, Routing, Spec, named_gates, spec_of
+from penstock.gates.core import Gate, Pattern, Routing, Spec, mark, named_gates, spec_of
 
 
 class OpenGate(Gate):
@@ -21,28 +24,51 @@ class OpenGate(Gate):
 
     def __init__(self, original: nn.Module, spec: Spec) -> None:
         super().__init__()
-        self.passes, self.kind, self.range, self.neutral = spec.passes, spec.kind, spec.range, spec.neutral
-        self.unit_dims = spec.unit_dims
-        self._spec = spec
-        self._shape_of = (copy.deepcopy(original).to("meta"),)  # in a tuple, so that it is no sub-module
+        mark(self, **vars(spec))
+        self.training = original.training
+        weight = next((t for t in chain(original.parameters(), original.buffers()) if t.is_floating_point()), None)
+        # In a tuple, so that it is no sub-module; in eval mode, so that it draws no noise and reports no losses.
+        self._original = (copy.deepcopy(original).to("meta").eval(),)
+        for module in self._original[0].modules():
+            module._forward_hooks.clear()  # The twin may be made while the model is watched or forced.
+        self._dtype = None if weight is None else weight.dtype
+        # Follows the model to its device and precision, where the gate's weights would have gone.
+        home = torch.empty(0) if weight is None else weight.detach().new_empty(0)
+        self.register_buffer("home", home, persistent=False)
+        self.home: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        """The original's settings (its number of experts, ...), which the model around it may read."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(self._original[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        device = tensors[0].device if tensors else self._home
-        args, kwargs = tree_map_only(Tensor, lambda x: x.detach().to("meta"), (args, kwargs))
-        with torch.no_grad():
-            output = self._shape_of[0](*args, **kwargs)
-        output = tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), output)
-        values = self._spec.read(output)
-        if isinstance(values, Routing):
-            opened: Any = Routing.from_dense(self._spec.open_like(values.logits).to(values.weights.dtype), values.logits)
-        else:
-            opened = self._spec.open_like(values)
-        return self._spec.write(output, opened)
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        device = given[0].device if given else self.home.device
 
-    @property
-    def _home(self) -> torch.device:
-        return torch.get_default_device()
+        def shape(x: Tensor) -> Tensor:
+            return x.detach().to("meta", self._dtype if x.is_floating_point() else None)
+
+        def zeros(x: Tensor) -> Tensor:
+            return torch.zeros(x.shape, dtype=self.home.dtype if x.dtype == self._dtype else x.dtype, device=device)
+
+        args, kwargs = tree_map_only(Tensor, shape, (args, kwargs))
+        # Counters of FLOPs are modes: what is computed on shapes alone is not for them.
+        unseen = nullcontext() if torch.compiler.is_compiling() else _disable_current_modes()
+        with torch.no_grad(), unseen:
+            output = self._original[0](*args, **kwargs)
+        output = tree_map_only(Tensor, zeros, output)
+        spec = spec_of(self)
+        assert spec is not None
+        values = spec.read(output)
+        if not isinstance(values, Routing):
+            return spec.write(output, spec.open_like(values))
+        opened = spec.open_like(values.logits).to(values.weights.dtype)
+        return spec.write(output, Routing.from_dense(opened, values.logits))
 
 
 def twin(model: nn.Module, pattern: Pattern = None) -> nn.Module:
@@ -57,21 +83,27 @@ def twin(model: nn.Module, pattern: Pattern = None) -> nn.Module:
         equals ``model``'s under ``force(model, "open")``.
 
     Raises:
-        GateNotFoundError: if the pattern matches no gate.
+        GateNotFoundError: if the pattern matches no gate, or there is none; the message lists the gates.
         ValueError: if ``model`` itself is the gate.
+
+    Example:
+        >>> import torch, penstock
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), penstock.gates.SigmoidGate(4, 4))
+        >>> ungated = penstock.twin(model)
+        >>> sum(p.numel() for p in model.parameters()), sum(p.numel() for p in ungated.parameters())
+        (40, 20)
     """
     copied = copy.deepcopy(model)
-    replaced = {module: OpenGate(module, _spec(module)) for module in named_gates(copied, pattern).values()}
-    if copied in replaced:
+    gates = named_gates(copied, pattern)
+    if "" in gates:
         raise ValueError("the model itself is the gate: there is nothing around it to make a twin of")
+    replaced: dict[nn.Module | None, OpenGate] = {}
+    for gate in gates.values():
+        spec = spec_of(gate)
+        assert spec is not None
+        replaced[gate] = OpenGate(gate, spec)
     for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in parent._modules.items():
             if child in replaced:
-                setattr(parent, name, replaced[child])
-    return copied.train(model.training)
-
-
-def _spec(module: nn.Module) -> Spec:
-    spec = spec_of(module)
-    assert spec is not None
-    return spec
+                parent._modules[name] = replaced[child]
+    return copied

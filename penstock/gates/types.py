@@ -25,7 +25,9 @@ class SigmoidGate(Gate):
         scale: multiplies the sigmoid; 2 makes a gate that starts at one (range (0, 2)).
     """
 
-    def __init__(self, dim: int, units: int, *, passes: Passes = "feature", bias: bool = True, scale: float = 1.0) -> None:
+    def __init__(
+        self, dim: int, units: int, *, passes: Passes = "feature", bias: bool = True, scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.passes = passes
         self.range = (0.0, scale)

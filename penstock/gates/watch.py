@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from penstock.gates.core import (
+    CHOICES,
     Pattern,
-    Routing,
     Spec,
+    amount,
+    attach,
     input_dims,
     named_gates,
-    parameters_of,
     spec_of,
     tensor_of,
     unit_interval,
@@ -28,83 +29,118 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 20
-#: A value is never-open ("dead") when it stays below this share of the gate's range.
+#: An entry is never open ("dead"), or not used, when no more than this passes.
 DEAD = 1e-5
+#: How many values are converted to float64 at a time: on a CPU what its caches hold, elsewhere what memory spares.
+_CHUNK_CPU, _CHUNK = 2**18, 2**23
+_TINY = 1e-300
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
 
 
 @dataclass
 class GateStats:
-    """Running statistics of one gate; all accumulators are float64.
+    """Running statistics of one gate; all accumulators are float64 and none grows with the number of calls.
 
     Values are counted in the gate's own units; shares and the histogram are over its range mapped to [0, 1].
     Variance is split: *between inputs* (each unit over the samples and positions it saw) and *between units*
     (the units' means). A gate whose share of variance from the input is near zero is a constant in disguise.
+
+    Attributes:
+        spec: how the values are read.
+        calls: how many calls were counted.
+        inputs: how many values each unit has had.
+        static: whether no call depended on an input.
+        merged: whether the number of units followed the input (a map over tokens); all are then counted as one.
+        shape: of the units.
+        mean, squares: of each unit, and its summed squared deviation, (units,).
+        peak: the most that each unit ever let pass, (units,).
+        load: how many inputs used each entry, (units,); only of gates that choose.
+        histogram: counts, (20,).
+        entropy, effective: sums over rows of the entropy and of the effective number of open entries, ().
+        rows: how many rows these were.
     """
 
     spec: Spec
     calls: int = 0
     inputs: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    peak: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    load: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    histogram: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-    entropy_sum: float = 0.0
-    effective_sum: float = 0.0
-    rows: int = 0
     static: bool = True
+    merged: bool = False
+    shape: tuple[int, ...] = ()
+    mean: Tensor = field(default_factory=lambda: _zeros(0))
+    squares: Tensor = field(default_factory=lambda: _zeros(0))
+    peak: Tensor = field(default_factory=lambda: _zeros(0))
+    load: Tensor = field(default_factory=lambda: _zeros(0))
+    histogram: Tensor = field(default_factory=lambda: _zeros(BINS))
+    entropy: Tensor = field(default_factory=_zeros)
+    effective: Tensor = field(default_factory=_zeros)
+    rows: int = 0
 
     def update(self, values: Tensor, leading: int) -> None:
-        """Add one call's values, whose first ``leading`` axes are inputs and the rest units."""
-        units = values.shape[leading:]
-        flat = values.detach().reshape(-1, math.prod(units)).double()
-        if self.calls and flat.shape[1] != self.mean.numel():
-            # The number of units follows the input (a map over tokens): keep one unit, the mean over all.
-            flat = flat.reshape(-1, 1)
-            self._merge_units()
+        """Add one call's values, whose first ``leading`` axes are inputs and the rest units; no values, no call."""
+        if not values.numel():
+            return
+        units = tuple(values.shape[leading:])
+        flat = values.detach().reshape(-1, math.prod(units))
         if not self.calls:
-            zeros = torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
-            self.mean, self.squares, self.peak, self.load = zeros, zeros.clone(), zeros.clone() - math.inf, zeros.clone()
-            self.histogram = self.histogram.to(flat.device)
-            self.shape = tuple(units)
+            self._start(units, values.device)
+        elif units != self.shape:
+            self._merge_units()
         self.calls += 1
         self.static &= leading == 0
-        self._welford(flat)
-        share = unit_interval(self.spec, flat)
-        self.peak = torch.maximum(self.peak, share.amax(0))
-        self.load += (share > DEAD).sum(0)
-        self.histogram += torch.histc(share.clamp(0, 1), BINS, 0, 1)
-        self._effective(flat, values.shape[-1] if self.spec.kind == "simplex" else flat.shape[1])
+        entries = values.shape[-1] if self.spec.kind in CHOICES else flat.shape[1]
+        chunk = _CHUNK_CPU if flat.device.type == "cpu" else _CHUNK
+        for part in flat.split(max(chunk // flat.shape[1], 1)):
+            self._add(part.double(), entries)
 
-    def _welford(self, flat: Tensor) -> None:
-        count = flat.shape[0]
-        squares, mean = torch.var_mean(flat, 0, correction=0)
-        total = self.inputs + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + squares * count + delta.square() * (self.inputs * count / total)
-        self.inputs = total
-
-    def _effective(self, flat: Tensor, entries: int) -> None:
-        rows = flat.reshape(-1, entries).clamp_min(0)
-        self.rows += rows.shape[0]
-        if self.spec.kind == "simplex":
-            entropy = torch.special.entr(rows).sum(-1)
-            self.entropy_sum += float(entropy.sum())
-            self.effective_sum += float(entropy.exp().sum())
-        else:
-            power = rows.square().sum(-1)
-            self.effective_sum += float((rows.sum(-1).square() / power.clamp_min(1e-300)).sum())
+    def _start(self, units: tuple[int, ...], device: torch.device) -> None:
+        self.shape = units
+        self.mean, self.squares, self.peak, self.load = _zeros(4, math.prod(units)).to(device)
+        self.histogram = self.histogram.to(device)
+        self.entropy, self.effective = self.entropy.to(device), self.effective.to(device)
 
     def _merge_units(self) -> None:
-        if self.mean.numel() > 1:
-            mean = self.mean.mean()
-            self.squares = (self.squares.sum() + self.inputs * (self.mean - mean).square().sum())[None]
-            self.inputs *= self.mean.numel()
-            self.mean, self.peak, self.load = mean[None], self.peak.max()[None], self.load.sum()[None]
-            self.shape = ()
+        mean = self.mean.mean(0, keepdim=True)
+        self.squares = (self.squares + self.inputs * (self.mean - mean).square()).sum(0, keepdim=True)
+        self.inputs *= self.mean.numel()
+        self.mean, self.peak, self.load = mean, self.peak.amax(0, keepdim=True), self.load.sum(0, keepdim=True)
+        self.shape, self.merged = (), True
 
-    shape: tuple[int, ...] = ()
+    def _add(self, x: Tensor, entries: int) -> None:
+        units = self.mean.numel()
+        self._welford(x.reshape(-1, units))
+        passing = amount(self.spec, x)
+        self.peak = torch.maximum(self.peak, passing.reshape(-1, units).amax(0))
+        if self.spec.kind in CHOICES:
+            self.load = self.load + (passing > DEAD).reshape(-1, units).sum(0)
+        # Unsigned, because a gate that has gone to NaN must not make the count fail.
+        bins = (unit_interval(self.spec, x) * BINS).clamp_(0, BINS - 1).to(torch.uint8)
+        self.histogram = self.histogram + torch.bincount(bins.flatten(), minlength=BINS)
+        self._count_open(passing.reshape(-1, entries))
+
+    def _welford(self, x: Tensor) -> None:
+        count, total = x.shape[0], self.inputs + x.shape[0]
+        mean = x.sum(0) / count
+        squares = (x - mean).square_().sum(0)
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.squares = self.squares + squares + delta.square() * (self.inputs * count / total)
+        self.inputs = total
+
+    def _count_open(self, rows: Tensor) -> None:
+        self.rows += rows.shape[0]
+        total = rows.sum(-1)
+        if self.spec.kind in CHOICES:
+            weights = rows if self.spec.kind == "simplex" else rows / total.clamp_min(_TINY)[:, None]
+            entropy = torch.special.entr(weights.clamp_min(0)).sum(-1)
+            self.entropy = self.entropy + entropy.sum()
+        if self.spec.kind == "simplex":
+            effective = entropy.exp()
+        else:
+            effective = total.square() / torch.linalg.vector_norm(rows, dim=-1).square().clamp_min(_TINY)
+        self.effective = self.effective + effective.sum()
 
     @property
     def unit_means(self) -> Tensor:
@@ -116,16 +152,16 @@ class GateStats:
 
         Returns a dictionary with: passes, kind, calls, inputs, units; mean, std (in the gate's own values);
         below_05, above_95 (share of values, range mapped to 0..1); from_input (share of the variance that comes
-        from the input, 0..1, ``None`` without variance or for a static gate); effective (mean effective number of
-        open entries); dead (entries never above 1e-5 of the range); unit_means; histogram (20 shares). Choices
-        add entropy (nats), load (share of inputs that used each entry), load_cv (its coefficient of variation)
-        and unused (share of entries never used).
+        from the input, 0..1; ``None`` without variance, for a static gate, or where the units varied in number);
+        effective (mean effective number of open entries: exp(entropy) of a simplex, else (sum |v|)^2 / sum v^2);
+        dead (entries that never let more than 1e-5 pass); static; unit_means; histogram (20 shares). Choices add
+        entropy (nats, mean over inputs), load (share of inputs that used each entry), load_cv (its coefficient of
+        variation) and unused (share of entries never used).
         """
         if not self.calls:
             return {"passes": self.spec.passes, "kind": self.spec.kind, "calls": 0}
         within = float(self.squares.mean()) / self.inputs
-        between = float(self.mean.var(correction=0))
-        total = within + between
+        total = within + float(self.mean.var(correction=0))
         histogram = self.histogram / self.histogram.sum()
         summary: dict[str, Any] = {
             "passes": self.spec.passes,
@@ -137,19 +173,19 @@ class GateStats:
             "std": math.sqrt(total),
             "below_05": float(histogram[0]),
             "above_95": float(histogram[-1]),
-            "from_input": None if self.static or total < 1e-24 else within / total,
-            "effective": self.effective_sum / max(self.rows, 1),
+            "from_input": None if self.static or self.merged or total < 1e-24 else within / total,
+            "effective": float(self.effective) / self.rows,
             "dead": int((self.peak < DEAD).sum()),
             "static": self.static,
             "unit_means": self.mean.tolist(),
             "histogram": histogram.tolist(),
         }
-        if self.spec.kind in ("simplex", "k-hot", "one-hot", "ordinal"):
+        if self.spec.kind in CHOICES:
             load = self.load / self.inputs
             summary |= {
-                "entropy": self.entropy_sum / max(self.rows, 1) if self.spec.kind == "simplex" else 0.0,
+                "entropy": float(self.entropy) / self.rows,
                 "load": load.tolist(),
-                "load_cv": float(load.std(correction=0) / load.mean().clamp_min(1e-300)),
+                "load_cv": float(load.std(correction=0) / load.mean().clamp_min(_TINY)),
                 "unused": float((load == 0).double().mean()),
             }
         return summary
@@ -162,10 +198,12 @@ class Table(list[dict[str, Any]]):
         if not self:
             return "(empty)"
         head = list(dict.fromkeys(key for row in self for key in row))
-        cells = [[_cell(row.get(key)) for key in head] for row in self]
-        widths = [max(len(key), *(len(row[i]) for row in cells)) for i, key in enumerate(head)]
-        lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True)))
-                 for row in [head, *cells]]
+        cells = [head, *([_cell(row.get(key)) for key in head] for row in self)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = (
+            "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))])
+            for row in cells
+        )
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -178,29 +216,40 @@ def _cell(value: Any) -> str:
 class WatchLog:
     """What `watch` saw; usable while it still watches and after."""
 
-    def __init__(self, gates: dict[str, nn.Module], keep: str, every: int) -> None:
+    def __init__(self, model: nn.Module, gates: dict[str, nn.Module], keep: str, every: int) -> None:
+        self._model = model
         self._gates = gates
         self._keep = keep
         self._every = every
-        self._handles: list[RemovableHandle] = []
-        self._ungraded: dict[str, RemovableHandle] = {}
+        self._undo: list[Callable[[], None]] = []
         self._backward = False
         self._stats = {name: GateStats(_spec(module)) for name, module in gates.items()}
         self._values: dict[str, list[Tensor]] = {name: [] for name in gates}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._calls = dict.fromkeys(gates, 0)
+        self._ungraded: dict[Tensor, str] = {
+            parameter: f"{name}.{own}" if name else own
+            for name, gate in gates.items()
+            for own, parameter in gate.named_parameters()
+            if parameter.requires_grad
+        }
 
     def __enter__(self) -> WatchLog:
+        if self._undo:
+            raise RuntimeError("this watch is open already")
         for name, module in self._gates.items():
-            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-        for name, parameter in parameters_of(self._gates):
-            self._ungraded[name] = parameter.register_post_accumulate_grad_hook(self._graded(name))
+            self._undo.append(attach(module, self._hook(name)))
+        for parameter in self._model.parameters():
+            # Of other parameters too: a gate whose values were detached shows in nothing but their having gradients.
+            if parameter.requires_grad:
+                self._undo.append(parameter.register_hook(partial(self._graded, parameter)).remove)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        for handle in self._ungraded.values():
-            handle.remove()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def _hook(self, name: str) -> Callable[..., None]:
         stats, kept = self._stats[name], self._values[name]
@@ -209,21 +258,20 @@ class WatchLog:
             self._calls[name] += 1
             if (self._calls[name] - 1) % self._every:
                 return
-            with torch.no_grad():
+            # What is kept must be of use outside inference mode too.
+            with torch.inference_mode(False), torch.no_grad():
                 values = tensor_of(stats.spec.read(output)).detach()
-                stats.update(values, input_dims(stats.spec, (*args, *kwargs.values()), values))
+                stats.update(values, input_dims(stats.spec, (args, kwargs), values))
+                self._dtypes[name] = values.dtype
                 if self._keep == "values":
                     kept.append(values.clone())
 
-        return hook
+        return torch.compiler.disable(hook)  # The statistics stay in Python, also when the model is compiled.
 
-    def _graded(self, name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            self._backward = True
-            if parameter.grad is not None and bool(parameter.grad.any()):
-                self._ungraded.pop(name).remove()
-
-        return hook
+    def _graded(self, parameter: Tensor, gradient: Tensor) -> None:
+        self._backward = True
+        if parameter in self._ungraded and bool(gradient.any()):
+            del self._ungraded[parameter]
 
     def __getitem__(self, name: str) -> GateStats:
         return self._stats[name]
@@ -236,15 +284,18 @@ class WatchLog:
         return {name: stats.summary() for name, stats in self._stats.items()}
 
     def table(self) -> Table:
-        """One row a gate; prints as a table."""
-        columns = ("kind", "passes", "mean", "std", "below_05", "above_95", "from_input", "effective", "dead", "entropy", "load_cv", "unused")
+        """One row a gate that was called; prints as a table."""
+        columns = (
+            *("kind", "passes", "mean", "std", "below_05", "above_95", "from_input", "effective", "dead"),
+            *("entropy", "load_cv", "unused"),
+        )
         seen = {name: summary for name, summary in self.to_dict().items() if summary["calls"]}
         used = [c for c in columns if any(c in s for s in seen.values())]
         return Table({"gate": name or "(model)"} | {c: s.get(c) for c in used} for name, s in seen.items())
 
     def mean(self) -> dict[str, Tensor]:
-        """Each gate's mean per unit, ready for ``force(model, log.mean())``."""
-        return {name: stats.unit_means.float() for name, stats in self._stats.items() if stats.calls}
+        """Each gate's mean per unit in the gate's own dtype, ready for ``force(model, log.mean())``."""
+        return {name: self._stats[name].unit_means.to(dtype) for name, dtype in self._dtypes.items()}
 
     def values(self) -> dict[str, list[Tensor]]:
         """Each gate's values, one tensor a call (``keep="values"``), ready for ``force(model, log.values())``.
@@ -261,7 +312,7 @@ class WatchLog:
 
         A parameter that keeps being named here does not learn. Empty when nothing was trained.
         """
-        return sorted(self._ungraded) if self._backward else []
+        return sorted(self._ungraded.values()) if self._backward else []
 
     def plot(self) -> Figure:
         """A histogram of values for each gate, over its range mapped to 0..1."""
@@ -298,11 +349,14 @@ def watch(
         inside a `force` sees the forced values, one opened outside it the gate's own.
 
     Raises:
-        GateNotFoundError: if the pattern matches no gate; the message lists the gates.
+        GateNotFoundError: if the pattern matches no gate, or there is none; the message lists the gates.
+        TypeError: if ``model`` is what ``torch.compile`` returned: give the module it was compiled from.
+        ValueError: for another ``keep``, or ``every`` below one.
 
     Example:
         >>> import torch, penstock
         >>> gate = penstock.gates.SigmoidGate(4, 4)
+        >>> _ = torch.nn.init.zeros_(gate.proj.bias)
         >>> with penstock.watch(gate) as log:
         ...     _ = gate(torch.zeros(8, 4))
         >>> log[""].summary()["mean"]
@@ -312,13 +366,10 @@ def watch(
         raise ValueError(f"keep={keep!r}: it must be 'stats' or 'values'")
     if every < 1:
         raise ValueError(f"every={every}: it must be 1 or more")
-    return WatchLog(named_gates(model, pattern), keep, every)
+    return WatchLog(model, named_gates(model, pattern), keep, every)
 
 
 def _spec(module: nn.Module) -> Spec:
     spec = spec_of(module)
     assert spec is not None
     return spec
-
-
-__all__: Sequence[str] = ["GateStats", "Routing", "Table", "WatchLog", "watch"]
