@@ -34,4 +34,18 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES, *_ROOMS])
 
 
-__all__ = ["Gate", "Routing", "__version__", "ablate", "create_model", "force", "gates", "list_models", "load", "load_authors", "mark", "twin", "watch"]
+__all__ = [
+    "Gate",
+    "Routing",
+    "__version__",
+    "ablate",
+    "create_model",
+    "force",
+    "gates",
+    "list_models",
+    "load",
+    "load_authors",
+    "mark",
+    "twin",
+    "watch",
+]

@@ -17,7 +17,9 @@ from penstock.nn.checkpoints import read_state
 
 def list_models(pattern: str = "*") -> list[str]:
     """The names `create_model` knows, matching a shell-style pattern."""
-    return sorted(name for c in all_cards().values() if c.ready for name in _variants(c.module) if fnmatchcase(name, pattern))
+    return sorted(
+        name for c in all_cards().values() if c.ready for name in _variants(c.module) if fnmatchcase(name, pattern)
+    )
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:

@@ -20,7 +20,9 @@ from penstock.lab.train import hush
 _TRACED = 4
 
 
-def export(run: Path, form: Literal["onnx", "pt2"], *, arm: str | None = None, seed: int = 0, output: Path | None = None) -> dict[str, Any]:
+def export(
+    run: Path, form: Literal["onnx", "pt2"], *, arm: str | None = None, seed: int = 0, output: Path | None = None
+) -> dict[str, Any]:
     """Export a trained arm with a free batch axis and check what was written against PyTorch on other samples.
 
     Args:

@@ -36,7 +36,9 @@ def read_state(source: str | Path | State) -> dict[str, Tensor]:
             state = dict(state[wrapper])
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         odd = [key for key, value in state.items() if not isinstance(value, Tensor)][:3]
-        raise UserError(f"{source if isinstance(source, str | Path) else 'the checkpoint'}: no state dict (entries that are no tensors: {odd})")
+        raise UserError(
+            f"{source if isinstance(source, str | Path) else 'the checkpoint'}: no state dict (entries that are no tensors: {odd})"
+        )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
@@ -58,7 +60,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
         asks = f" (it asks for {what.group(1)})" if what else ""
-        raise UserError(f"{path}: refused, the pickle wants code executed{asks}; save the state dict's tensors only, or as safetensors") from None
+        raise UserError(
+            f"{path}: refused, the pickle wants code executed{asks}; save the state dict's tensors only, or as safetensors"
+        ) from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from None
     if not isinstance(loaded, Mapping):
