@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import stats
 
-from penstock.lab.results import Effect, Judgement, Results
+from penstock.lab.results import Effect, Judgement, Results, loss_spikes
 
 
 def cell(arm: str, seed: int, **metrics: float) -> dict[str, object]:
@@ -57,3 +57,12 @@ def test_differences_are_paired_by_seed_and_skip_failed_arms() -> None:
     assert results.metric("gated", "loss") == [1.0, 2.0]
     assert results.metric("absent", "loss") == []
     assert results.trial("absent", "x") == []
+
+
+def test_loss_spikes_count_what_stands_out() -> None:
+    falling = [3.0 - 0.01 * step + 0.01 * (step % 3) for step in range(200)]
+    assert loss_spikes(falling) == 0
+    falling[120] += 2.0
+    falling[160] += 2.0
+    assert loss_spikes(falling) == 2
+    assert loss_spikes(falling[:30]) == 0

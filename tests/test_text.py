@@ -97,3 +97,23 @@ def test_parquet_without_the_column_names_those_it_has(tmp_path: Path) -> None:
         read_text(CONFIG, Source(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match="not text"):
         read_text(TextConfig(window=16, column="n"), Source(tmp_path / "a.parquet"))
+
+
+def test_a_hugging_face_tokenizer_from_a_folder(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "the quick brown fox jumps over the lazy dog " * 200
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=80, special_tokens=["[UNK]"], show_progress=False)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text(text)
+    data = read_text(TextConfig(window=16, tokenizer=str(tmp_path / "tokenizer")), Source(tmp_path / "a.txt"))
+    assert data.spec["vocab_size"] <= 80
+    assert data.spec["bytes_per_token"] > 2
+    assert "quick" in data.tokenizer.decode(data.splits["train"][:20])
+    with pytest.raises(UserError, match="nowhere"):
+        read_text(TextConfig(window=16, tokenizer=str(tmp_path / "nowhere")), Source(tmp_path / "a.txt"))

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["holds", "does not hold", "undecided"]
+
+
+def loss_spikes(losses: Sequence[float], *, window: int = 50, k: float = 6.0) -> int:
+    """How many training losses stand out above the ones before them: a measure of how stable training was.
+
+    A loss counts when it exceeds the median of the ``window`` losses before it by more than ``k`` times their median
+    absolute deviation. The first ``window`` losses, where training falls steeply, do not count.
+    """
+    count = 0
+    for place in range(window, len(losses)):
+        before = losses[place - window : place]
+        middle = statistics.median(before)
+        spread = statistics.median(abs(value - middle) for value in before)
+        count += losses[place] > middle + k * max(spread, 1e-12)
+    return count
 
 
 class Results:

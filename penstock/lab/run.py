@@ -30,7 +30,7 @@ from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.cost import cost
 from penstock.lab.gatesample import gate_sample
 from penstock.lab.progress import Reporter
-from penstock.lab.results import Judgement, Results
+from penstock.lab.results import Judgement, Results, loss_spikes
 from penstock.lab.store import FORMAT, RunFolder, write_atomically
 from penstock.lab.system import System, system
 from penstock.lab.train import (
@@ -153,6 +153,8 @@ class Job:
             metrics = test(task, self.options.hardware)
             task.model.eval()
             metrics |= self.system.measure(arm, task, self.config, self.data, seed)
+            losses = [row["value"] for row in trained[-1].rows if row["metric"] == "train/loss"]
+            metrics["loss_spikes"] = float(loss_spikes(losses))
             batch = next(iter(self.data.test(task.train_config.batch_size)))
             cell = {
                 "arm": arm,

@@ -260,7 +260,7 @@ def train_stage(
         gradient_clip_val=train.clip_norm or None,
         callbacks=callbacks,
         logger=curves,
-        log_every_n_steps=max(total // 100, 1),
+        log_every_n_steps=max(total // 1000, 1),
         **validation,
     )
     start = time.monotonic()

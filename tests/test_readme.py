@@ -1,0 +1,48 @@
+"""The README tells the truth: its code runs, its commands exist, its figures are the stored ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.cli import COMMANDS
+from penstock.lab.cards import all_cards
+from tools import docs
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+MAKEFILE = (Path(__file__).parent.parent / "Makefile").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.S | re.M)
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(blocks("python")[0], names)
+    printed = capsys.readouterr().out
+    assert "from_input" in printed
+    assert "shuffle" in printed
+    assert not torch.equal(names["y"], names["y_open"])  # type: ignore[arg-type]
+
+
+def test_commands_and_targets_exist() -> None:
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith(("penstock ", "make "))]
+    assert {words[0] for words in commands} == {"penstock", "make"}
+    for words in commands:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", MAKEFILE, flags=re.M), words
+        else:
+            assert words[1] in COMMANDS, words
+            assert words[1] != "run" or words[2] in all_cards(), words
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    stale = [str(path) for path, text in docs.pages().items() if path.read_text() != text]
+    assert not stale, "run `make docs`"
