@@ -307,15 +307,16 @@ def _compare(arguments: list[str]) -> int:
     names = []
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments.pop(0))
-    if "-h" in arguments or "--help" in arguments or len(names) < 2:
-        if names or not arguments:
-            raise UserError(
-                "compare at least two systems: penstock compare NAME NAME ... [--data PATH] [the flags of the first]"
-            )
+    asks = "-h" in arguments or "--help" in arguments
+    if asks and not names:
         print(
-            "usage: penstock compare NAME NAME ... [flags]\n\nThe flags are those of `penstock run` with the first system; data and budget are shared by all."
+            "usage: penstock compare NAME NAME ... [flags]\n\nThe flags are those of the first system; data and budget are shared by all."
         )
         return 0
+    if len(names) < 2 and not asks:
+        raise UserError(
+            "compare at least two systems: penstock compare NAME NAME ... [--data PATH] [the flags of the first]"
+        )
     for name in names:
         cards.card(name)
     options, config = _typed(f"compare {' '.join(names)}", names[0], arguments)

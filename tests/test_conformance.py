@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,14 @@ def test_saving_and_loading_is_bit_equal(at: Bench) -> None:
     model, _ = trained(at)
     again = at.build(seed=7).eval()
     again.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
+    with torch.no_grad():
+        assert torch.equal(at.output(again), at.output(model))
+
+
+def test_a_model_saved_for_the_hub_comes_back(at: Bench, tmp_path: Path) -> None:
+    model, _ = trained(at)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(at.output(again), at.output(model))
 

@@ -214,3 +214,25 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     for arm in ("gated", "ungated"):
         alone, together = (results(f)["arms"][arm]["metrics"]["loss"]["mean"] for f in (one, two))
         assert together == pytest.approx(alone, abs=2e-3)
+
+
+def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("def f(x):\n    return x + 1\n" * 400)
+    flags = [*TINY, "--arms", "gated", "--data", str(text), "--train.steps", "3000", "--train.validate-every", "3000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "penstock", "run", "gated_attention", *flags, "--out", str(out)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(out.glob("checkpoints/*.ckpt")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert not (out / ".lock").exists()
+    text.write_text("something else\n" * 800)
+    assert main(["run", "gated_attention", "--resume", str(out)]) == 2
+    assert "not what it was" in capsys.readouterr().err

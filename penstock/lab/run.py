@@ -29,6 +29,7 @@ from penstock.lab.cards import card
 from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.cost import cost
 from penstock.lab.gatesample import gate_sample
+from penstock.lab.jsontext import plain_json
 from penstock.lab.progress import Reporter
 from penstock.lab.results import Judgement, Results, loss_spikes
 from penstock.lab.store import FORMAT, RunFolder, write_atomically
@@ -290,6 +291,10 @@ def run(
         folder = RunFolder.open(options.resume, write=main_process())
         config, options = _resumed(found, folder, options)
         job = Job.prepare(found, config, options, reporter)
+        if folder.about["described"] != json.loads(plain_json(job.data.describe())):
+            raise UserError(
+                f"{folder.path}: the data is not what it was when the run began; run it again from the start"
+            )
     else:
         if options.quick:
             config = override(config, untouched(config, found.quick))
@@ -328,6 +333,7 @@ def _about(job: Job) -> dict[str, Any]:
         "quick": options.quick,
         "arms": list(options.arms),
         "data": options.source.to_dict(),
+        "described": json.loads(plain_json(job.data.describe())),
         "hardware": vars(options.hardware),
         "config": to_dict(job.config),
     }

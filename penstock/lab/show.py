@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _MARKS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
 def number(value: Any) -> str:
     """A figure as a person reads it."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1e4):
         return f"{value:,.0f}"

@@ -8,7 +8,8 @@ import random
 import time
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -113,8 +114,13 @@ class Keeper(Callback):
                 f"the loss is {float(loss)} at step {trainer.global_step} (learning rate {rate:.3g}); {kept}"
             )
         validates = trainer.is_last_batch or (self.validate_every and trainer.global_step % self.validate_every == 0)
-        if time.monotonic() > self._next_save and not validates:
+        if not validates and self._is_due(trainer):
             self.save(trainer)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        """Whether it is time to save; clocks differ, and all processes must save together or wait for ever."""
+        due = time.monotonic() > self._next_save
+        return due if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(due, all=False)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self.best or trainer.sanity_checking:
@@ -264,7 +270,8 @@ def train_stage(
         **validation,
     )
     start = time.monotonic()
-    with reporter.bar(" ".join(str(v) for v in (labels["arm"], f"seed {labels['seed']}", stage.name)), total):
+    title = f"{labels['arm']} seed {labels['seed']} {stage.name}"
+    with reporter.bar(title, total), _interruptible(trainer):
         trainer.fit(
             task,
             batches,
@@ -272,9 +279,18 @@ def train_stage(
             ckpt_path=str(path) if path.exists() else None,
             weights_only=True if path.exists() else None,
         )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     return Trained(task, curves.rows, gates.history, time.monotonic() - start)
+
+
+@contextmanager
+def _interruptible(trainer: L.Trainer) -> Iterator[None]:
+    """Lightning turns Ctrl-C into an exit of its own; callers want to know what happened."""
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def restore_stage(stage: Stage, path: Path) -> Trained:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from penstock.gates import Gate, Routing, TopKRouter
@@ -328,7 +329,7 @@ class SinkhornPermutation(nn.Module):
         return permutation
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(nn.Module, PyTorchModelHubMixin):
     """A mixture of experts for one or several tasks: embeddings, experts, one gate and one head for each task.
 
     Args:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,7 +137,7 @@ class IPNN(nn.Module):
         return self.mlp(torch.cat([e_BMD.flatten(1), pairwise_products(e_BMD)], 1)).squeeze(1)
 
 
-class OptFSModel(nn.Module):
+class OptFSModel(nn.Module, PyTorchModelHubMixin):
     """A click model whose feature values are gated.
 
     Args:
