@@ -19,7 +19,6 @@ from penstock.gates import Routing, named_gates, spec_of
 from penstock.interop.create import create_model
 from penstock.lab.cards import all_cards
 from penstock.lab.config import from_dict, override, to_dict, untouched
-from penstock.lab.run import gate_names
 from penstock.lab.system import system
 from penstock.lab.train import seed_all
 
@@ -54,6 +53,10 @@ def bench(name: str) -> Bench:
     config = override(found.Config(), untouched(found.Config(), found.quick))
     data = found.load_data(config, Source())
     return Bench(name, config, data, next(iter(data.test(8))))
+
+
+def gate_names(model: nn.Module) -> list[str]:
+    return list(named_gates(model))
 
 
 @pytest.fixture(params=READY)

@@ -6,16 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from penstock._version import __version__
 from penstock.data.base import Data
 from penstock.errors import UserError
 from penstock.lab.cards import card
-from penstock.lab.config import override, to_dict, untouched
+from penstock.lab.config import override, untouched
 from penstock.lab.progress import Reporter
 from penstock.lab.run import Job, Options, command, environment
-from penstock.lab.store import FORMAT, RunFolder, write_atomically
+from penstock.lab.store import RunFolder, write_atomically
 from penstock.lab.system import System, system
 
 #: The parts of `Training` that make up the budget; the rest (learning rate, schedule ...) stays each system's own.
@@ -55,8 +52,7 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
         rows = []
         for name, job in jobs.items():
             part = RunFolder(folder.path / name)
-            about = {"format": FORMAT, "system": name, "version": __version__, "config": to_dict(job.config)}
-            write_atomically(part.path / "config.yaml", yaml.safe_dump(about, sort_keys=False, allow_unicode=True))
+            write_atomically(part.path / "config.yaml", job.about())
             job.system = _without_trials(job.system)
             results = job.execute(part)
             for arm, found in results["arms"].items():

@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from penstock._version import __version__
 from penstock.data.base import Data, Source
 from penstock.errors import UserError
 from penstock.gates import watch
-from penstock.gates.core import GateNotFoundError, named_gates
+from penstock.gates.core import GateNotFoundError
 from penstock.lab.cards import card
 from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.cost import cost
@@ -115,6 +115,23 @@ class Job:
             check_budget(config.train, len(data.train(config.train.batch_size, 0)))
         return cls(found, config, options, data, chosen, reporter)
 
+    def about(self) -> str:
+        """The content of ``config.yaml``: what is needed to go on with the run and to use it."""
+        about = {
+            "format": FORMAT,
+            "system": self.system.name,
+            "version": __version__,
+            "command": command(),
+            "seeds": self.options.seeds,
+            "quick": self.options.quick,
+            "arms": list(self.options.arms),
+            "data": self.options.source.to_dict(),
+            "described": json.loads(plain_json(self.data.describe())),
+            "hardware": vars(self.options.hardware),
+            "config": to_dict(self.config),
+        }
+        return yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
+
     def execute(self, folder: RunFolder) -> dict[str, Any]:
         """Train, test and judge; returns what stands in ``results.json``."""
         hush()
@@ -189,6 +206,7 @@ class Job:
             mark = path.with_suffix(".done")
             if mark.exists():
                 done.append(restore_stage(stage, path))
+                done[-1].seconds = float(mark.read_text())
             else:
                 seed_all(seed * 1000 + number + 1)
                 done.append(
@@ -202,7 +220,7 @@ class Job:
                     )
                 )
                 if main_process():
-                    write_atomically(mark, f"{seconds_text(done[-1].seconds)}\n")
+                    write_atomically(mark, f"{done[-1].seconds}\n")
             seconds += done[-1].seconds
         return done, seconds
 
@@ -301,9 +319,7 @@ def run(
         job = Job.prepare(found, config, options, reporter)
         folder = _new_folder(name, options)
         if main_process():
-            write_atomically(
-                folder.path / "config.yaml", yaml.safe_dump(_about(job), sort_keys=False, allow_unicode=True)
-            )
+            write_atomically(folder.path / "config.yaml", job.about())
     try:
         results = job.execute(folder)
         if main_process():
@@ -320,23 +336,6 @@ def _new_folder(name: str, options: Options) -> RunFolder:
     if main_process():
         return RunFolder.create(name, options.out)
     return RunFolder(options.out or Path("runs") / name)
-
-
-def _about(job: Job) -> dict[str, Any]:
-    options = job.options
-    return {
-        "format": FORMAT,
-        "system": job.system.name,
-        "version": __version__,
-        "command": command(),
-        "seeds": options.seeds,
-        "quick": options.quick,
-        "arms": list(options.arms),
-        "data": options.source.to_dict(),
-        "described": json.loads(plain_json(job.data.describe())),
-        "hardware": vars(options.hardware),
-        "config": to_dict(job.config),
-    }
 
 
 def _resumed(found: System[Any], folder: RunFolder, options: Options) -> tuple[Any, Options]:
@@ -381,10 +380,6 @@ def command() -> str:
     return shlex.join(["penstock" if program in ("__main__.py", "penstock") else program, *sys.argv[1:]])
 
 
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.1f} s"
-
-
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Use ``count`` CPU threads inside the context; 0 leaves them.
@@ -397,14 +392,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def gate_names(model: nn.Module) -> list[str]:
-    """The dotted names of a model's gates, none for an ungated one."""
-    try:
-        return list(named_gates(model))
-    except GateNotFoundError:
-        return []
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -421,8 +408,3 @@ def _user_errors() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def describe_data(data: Mapping[str, Any]) -> str:
-    """The data set in one line."""
-    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in data.items())
