@@ -98,3 +98,19 @@ def test_unknown_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as caught:
         main(["run", "gated_attention", "--widht", "3"])
     assert caught.value.code == 2
+
+
+def test_a_table_is_shown_as_it_was_understood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "\n".join(f"{'xyz'[i % 3]},{i * 0.37:.2f},{'yes' if (i * 7) % 5 > 2 else 'no'}" for i in range(300))
+    table, out = tmp_path / "<b>t.csv", tmp_path / "run"
+    table.write_text(f"<script>,amount,bought\n{rows}\n")
+    flags = ["--label", "bought", "--quick", "--arms", "ungated", "--train.epochs", "1", "--data", str(table)]
+    assert main(["run", "optfs", *flags, "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "<script>" in said
+    assert "categorical" in said
+    assert "'no' became 0 and 'yes' became 1" in said
+    assert "<script>" not in (out / "report.html").read_text()
+    scores = tmp_path / "scores.csv"
+    assert main(["predict", str(out), "--data", str(table), "--output", str(scores)]) == 0
+    assert len(scores.read_text().splitlines()) == 301

@@ -59,3 +59,7 @@ class Data(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """For people and ``results.json``: where it is from, the sizes of the splits, what is in it."""
+
+    def overview(self) -> str:
+        """What was read, for the terminal, before training starts."""
+        return "\n".join(f"{name}: {value}" for name, value in self.describe().items())

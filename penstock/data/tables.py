@@ -115,6 +115,10 @@ class TableData(Data):
         rows = self.splits[split]
         return Batches(lambda index: rows.batch(index.numpy()), len(rows.label), batch_size, shuffle=shuffle, seed=seed)
 
+    def overview(self) -> str:
+        rows = ", ".join(f"{split} {len(part.label)}" for split, part in self.splits.items())
+        return "\n".join([f"{self.source}: rows {rows}", str(self.schema.table()), *self.notes])
+
     def describe(self) -> dict[str, Any]:
         return {
             "source": self.source,

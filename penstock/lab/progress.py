@@ -29,15 +29,16 @@ class Reporter:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[None]:
-        """A stage of ``total`` steps; `advance` moves it."""
+        """A stage of ``total`` steps, 0 if nobody knows; `advance` moves it."""
         if not self.console.is_terminal:
             self.say(f"{title} ...")
             start = time.monotonic()
             yield
             self.say(f"{title}: done in {time.monotonic() - start:.0f} s")
             return
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                   TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
+        count = [TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()] if total else []
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(), *count]
+        columns.append(TextColumn("{task.fields[note]}", markup=False))
         with Progress(*columns, console=self.console) as self._progress:
             self._task = self._progress.add_task(title, total=total or None, note="")
             yield

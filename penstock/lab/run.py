@@ -320,6 +320,7 @@ def run(
         folder = _new_folder(name, options)
         if main_process():
             write_atomically(folder.path / "config.yaml", job.about())
+    reporter.say(job.data.overview())
     try:
         results = job.execute(folder)
         if main_process():
