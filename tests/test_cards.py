@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,18 +22,13 @@ def test_every_card_is_whole() -> None:
 
 
 @pytest.mark.parametrize("command", [["list"], ["show", "gated_attention"], ["search", "attention sink"]])
-def test_reading_commands_import_no_torch_and_start_at_once(command: list[str]) -> None:
+def test_reading_commands_import_no_torch(command: list[str]) -> None:
     code = (
         "import sys; from penstock.cli import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules, 'torch was imported'; raise SystemExit(code)"
     )
-    best = 99.0
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-    assert best < 2.0  # half a second alone; other tests may be running
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_search_finds_by_meaning_of_words() -> None:
