@@ -18,7 +18,13 @@ ROOT = Path(__file__).parent.parent
 def pages() -> dict[Path, str]:
     """Every generated document by path, with its content."""
     readme = (ROOT / "README.md").read_text()
-    for name, text in {"systems": _systems(), "claims": _claims(), "demo": _demo(), "bench": _bench()}.items():
+    for name, text in {
+        "systems": _systems(),
+        "claims": _claims(),
+        "demo": _recorded("demo"),
+        "test": _recorded("test"),
+        "bench": _bench(),
+    }.items():
         readme = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.S
         )
@@ -53,9 +59,9 @@ def _interval(part: dict[str, Any]) -> str:
     return f"{number(part['measured'])}{between}"
 
 
-def _demo() -> str:
-    recorded = ROOT / "docs" / "demo.txt"
-    return f"```\n{recorded.read_text().rstrip()}\n```" if recorded.exists() else ""
+def _recorded(name: str) -> str:
+    """What a command printed when it was last recorded."""
+    return f"```\n{(ROOT / 'docs' / f'{name}.txt').read_text().rstrip()}\n```"
 
 
 def _bench() -> str:
