@@ -10,7 +10,7 @@ demo: .venv/.base
 	$(BIN)/penstock run gated_attention
 
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -23,7 +23,6 @@ check: lint test
 # Every ready system at full budget over three seeds; the verdicts as they come are stored and the docs rebuilt.
 claims: .venv/.test
 	$(BIN)/python -m tools.claims
-	$(BIN)/python -m pytest -m slow
 
 docs: .venv/.test
 	$(BIN)/python -m tools.docs
