@@ -53,7 +53,6 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
         for name, job in jobs.items():
             part = RunFolder(folder.path / name)
             write_atomically(part.path / "config.yaml", job.about())
-            job.system = _without_trials(job.system)
             results = job.execute(part)
             for arm, found in results["arms"].items():
                 title = name if arm == "gated" else f"{name} ({arm})"
@@ -89,14 +88,7 @@ def _jobs(systems: list[System[Any]], config: Any, options: Options, reporter: R
         own = dataclasses.replace(own, data=config.data)
         own = override(own, {f"train.{name}": getattr(config.train, name) for name in _BUDGET})
         arms = ("gated", "ungated") if number == 0 else ("gated",)
-        job = Job.prepare(one, own, dataclasses.replace(options, arms=arms), reporter, data=data)
+        job = Job.prepare(one, own, dataclasses.replace(options, arms=arms), reporter, data=data, judged=False)
         data = job.data
         jobs[one.name] = job
     return jobs
-
-
-def _without_trials(one: System[Any]) -> System[Any]:
-    """The same system, whose side experiments and claims are not what a comparison is about."""
-    kind = type(one)
-    bare = type(kind.__name__, (kind,), {"trials": {}, "claims": lambda self, config, results: {}})
-    return bare()

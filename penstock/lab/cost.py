@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from penstock.gates import GateNotFoundError, named_gates
 from penstock.nn.conditional import evaluate_everything
 from penstock.tasks.base import Task
 
@@ -62,9 +63,6 @@ def cost(task: Task, batch: Any) -> dict[str, float]:
     nothing left out, and flops_spent, what was really executed in evaluation (they differ when computation is
     conditional); latency_ms of the batch's forward pass; peak_memory_mb of a training step.
     """
-    from penstock.gates import named_gates
-    from penstock.gates.core import GateNotFoundError
-
     model = task.model
     count = task.size(batch)
     inputs = task.inputs(batch)

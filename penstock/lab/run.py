@@ -89,10 +89,19 @@ class Job:
     data: Data
     arms: dict[str, Callable[[], nn.Module]]
     reporter: Reporter
+    judged: bool = True
+    """Whether the system's claims, and the side experiments they need, are part of the job."""
 
     @classmethod
     def prepare(
-        cls, found: System[Any], config: Any, options: Options, reporter: Reporter, *, data: Data | None = None
+        cls,
+        found: System[Any],
+        config: Any,
+        options: Options,
+        reporter: Reporter,
+        *,
+        data: Data | None = None,
+        judged: bool = True,
     ) -> Job:
         """Read the data (unless given) and try every arm's sizes.
 
@@ -113,7 +122,7 @@ class Job:
                 with torch.device("meta"):
                     build()
             check_budget(config.train, len(data.train(config.train.batch_size, 0)))
-        return cls(found, config, options, data, chosen, reporter)
+        return cls(found, config, options, data, chosen, reporter, judged)
 
     def about(self) -> str:
         """The content of ``config.yaml``: what is needed to go on with the run and to use it."""
@@ -145,7 +154,7 @@ class Job:
         for seed in range(self.options.seeds):
             for arm in self.arms:
                 cells.append(self._cell(folder, arm, seed))
-        for name, trial in self.system.trials.items():
+        for name, trial in self.system.trials.items() if self.judged else ():
             trials[name] = [
                 self._trial(folder, name, seed)
                 for seed in range(1 if self.options.quick else max(trial.seeds, self.options.seeds))
@@ -268,7 +277,7 @@ class Job:
             if failed:
                 arms[arm]["failed"] = failed
         says = {claim.id: claim.says for claim in card(self.system.name).claims}
-        measured = self.system.claims(self.config, results)
+        measured = self.system.claims(self.config, results) if self.judged else {}
         judgements = [Judgement(k, says[k], e if isinstance(e, list) else [e]) for k, e in measured.items()]
         return {
             "system": self.system.name,
