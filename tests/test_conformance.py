@@ -39,7 +39,7 @@ class Bench:
         return system(self.name).arms(self.config, self.data.spec)[arm]()
 
     def task(self, model: nn.Module) -> Any:
-        return system(self.name).task(model, self.config.train, self.data)
+        return system(self.name).task_for(self.data.spec)(model, self.config.train, self.data)
 
     def output(self, model: nn.Module) -> Tensor:
         inputs = self.task(model).inputs(self.batch)

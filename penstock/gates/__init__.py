@@ -11,6 +11,7 @@ from penstock.gates.core import (
     Spec,
     mark,
     named_gates,
+    observed,
     spec_of,
 )
 from penstock.gates.force import Forcing, GateWarning, force
@@ -40,6 +41,7 @@ __all__ = [
     "force",
     "mark",
     "named_gates",
+    "observed",
     "spec_of",
     "twin",
     "watch",

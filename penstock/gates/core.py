@@ -346,6 +346,11 @@ def attach(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
     return detach
 
 
+def observed(gate: nn.Module) -> bool:
+    """Whether anyone looks at or replaces the gate's values, so that a fused form that never shows them will not do."""
+    return bool(gate._forward_hooks or gate._forward_pre_hooks)
+
+
 def input_dims(spec: Spec, inputs: Any, values: Tensor) -> int:
     """How many leading axes of ``values`` number the inputs the gate saw; the axes after them are its units.
 

@@ -70,6 +70,8 @@ class Card:
     variants: dict[str, int] = field(default_factory=dict)
     """Published sizes: the name for `create_model` and the published number of parameters."""
     keywords: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    """Further tasks it can be run on, with --data of that kind."""
     advice: str = ""
     """When the gate pays and when it does not."""
 
@@ -107,6 +109,7 @@ def read_card(path: Path) -> Card:
             claims=tuple(ClaimCard(**claim) for claim in raw.pop("claims")),
             variants=raw.pop("variants", {}),
             keywords=tuple(raw.pop("keywords", ())),
+            also=tuple(raw.pop("also", ())),
             **raw,
         )
     except (TypeError, KeyError) as error:

@@ -27,7 +27,7 @@ def predict(run: Path, data: Path, *, arm: str | None = None, seed: int = 0) -> 
     opened = open_run(run)
     model = opened.model(arm, seed=seed)
     with torch.no_grad():
-        return opened.system.task.predict_file(model, opened.spec, data)
+        return opened.system.task_for(opened.spec).predict_file(model, opened.spec, data)
 
 
 def write_frame(frame: pl.DataFrame, path: Path) -> None:
@@ -53,7 +53,7 @@ def task_of(run: Run, model: nn.Module) -> Task:
         UserError: if the run's data is not there any more.
     """
     data = run.system.load_data(run.config, run.source)
-    return run.system.task(model, run.config.train, data).eval()
+    return run.system.task_for(data.spec)(model, run.config.train, data).eval()
 
 
 def ablate_run(

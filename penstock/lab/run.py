@@ -286,7 +286,7 @@ class Job:
             "seeds": list(range(self.options.seeds)),
             "quick": self.options.quick,
             "data": self.data.describe(),
-            "leaderboard": dict(self.system.task.leaderboard),
+            "leaderboard": dict(self.system.task_for(self.data.spec).leaderboard),
             "arms": arms,
             "trials": results.trials,
             "claims": [j.to_dict() for j in judgements],

@@ -53,11 +53,13 @@ class System(ABC, Generic[C]):
     Class attributes:
         Config: a dataclass with every size and setting; it must have a field ``train: Training`` and usually
             ``data``. Its fields become command-line flags; their docstrings become the help.
-        task: the task class its arms are trained by.
+        task: the task class its arms are trained by, unless `task_for` says otherwise for some data.
         quick: what ``--quick`` changes, by dotted field name: a smaller budget, the same mechanism.
         trials: side experiments by name.
         presets: the paper's own settings as whole configurations, for ``--preset NAME``.
         threads: CPU threads that serve it best; 0 takes all. A miniature is too small for a second one to help.
+        size_field: the whole number in ``Config`` (dotted) that `penstock compare` may change to give its systems the
+            same number of parameters, as "mlp_hidden".
     """
 
     name: ClassVar[str]
@@ -67,6 +69,11 @@ class System(ABC, Generic[C]):
     trials: ClassVar[Mapping[str, Trial[Any]]] = {}
     presets: ClassVar[Mapping[str, Any]] = {}
     threads: ClassVar[int] = 0
+    size_field: ClassVar[str] = ""
+
+    def task_for(self, spec: Mapping[str, Any]) -> type[Task]:
+        """The task its arms are trained by on data of this ``spec``."""
+        return self.task
 
     @abstractmethod
     def load_data(self, config: C, source: Source) -> Data:
@@ -90,7 +97,7 @@ class System(ABC, Generic[C]):
 
     def stages(self, arm: str, model: nn.Module, config: C, data: Data) -> list[Callable[[], Stage]]:
         """How an arm is trained: one stage by its task, unless the paper does it otherwise."""
-        return [lambda: Stage(self.task(model, config.train, data))]  # type: ignore[attr-defined]
+        return [lambda: Stage(self.task_for(data.spec)(model, config.train, data))]  # type: ignore[attr-defined]
 
     def measure(self, arm: str, task: Task, config: C, data: Data, seed: int) -> dict[str, float]:
         """Further numbers of a trained arm (interventions, sinks), added to its test metrics."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.gates import watch
+from penstock.nn.causal_lm import Span
 from penstock.nn.decoder import rotary_tables
 from penstock.systems.sequence.gated_attention.checkpoint import Layout, from_authors, join_queries, load_layer
 from penstock.systems.sequence.gated_attention.model import first_token_attention, max_activation
@@ -35,10 +36,10 @@ def _layer(config: dict[str, Any], params: Tensors, inputs: Tensors, layout: Lay
     heads: list[Tensor] = []
     handle = layer.o_proj.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))
     if layer.gate is None:
-        y = layer(x, positions)
+        y = layer(x, Span(positions))
     else:
         with watch(layer, "gate", keep="values") as log:
-            y = layer(x, positions)
+            y = layer(x, Span(positions))
     handle.remove()
     cos, sin = rotary_tables(positions, layer.rotary_dim, layer.rope_theta, x.dtype)
     outputs = {

@@ -137,10 +137,9 @@ def from_authors(state: State, *, config: Mapping[str, Any]) -> GatedAttentionLM
 
 def to_authors(model: GatedAttentionLM) -> dict[str, Tensor]:
     """The model's state dict under the authors' names and row layout."""
-    attention = model.blocks[0].self_attn
     ours = {k: v for k, v in model.state_dict().items() if ".gate.proj." not in k}
-    for index, layer in enumerate(model.blocks):
-        gate = layer.self_attn.gate
+    for index, attention in enumerate(model.attentions):
+        gate = attention.gate
         if gate is not None and gate.proj is not None:
             for part, rows in gate.proj.named_parameters():
                 key = f"layers.{index}.self_attn.q_proj.{part}"

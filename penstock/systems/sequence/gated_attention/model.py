@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.gates import Gate
-from penstock.nn.decoder import RMSNorm, SwiGLU, rotary_tables, rotate
+from penstock.nn.causal_lm import Span, causal_attention
+from penstock.nn.decoder import DecoderLM, RMSNorm, initialise_normal, rotary_tables, rotate
 
 Granularity = Literal["headwise", "elementwise"]
 Position = Literal["sdpa_output", "value", "key", "query", "dense_output"]
@@ -163,23 +163,17 @@ class GatedAttention(nn.Module):
                 bias=bias,
             )
 
-    def forward(self, x_BLD: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, span: Span | None = None, number: int = 0) -> Tensor:
         """Attend over ``x_BLD``, already normalised.
 
         Args:
             x_BLD: the layer's input.
-            positions: (B, L) or (L,) integers; default 0 to L - 1.
+            span: positions, padding and what is remembered; default positions 0 to L - 1 and nothing else.
+            number: of this layer in the span's states.
         """
         gate = None if self.gate is None else self.gate(x_BLD)
-        q, k, v = self._project(x_BLD, positions, gate)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            enable_gqa=q.shape[1] != k.shape[1],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        q, k, v = self._project(x_BLD, None if span is None else span.positions, gate)
+        y = causal_attention(q, k, v, span, number, dropout=self.dropout if self.training else 0.0)
         y_BLHK = self._gated(y.transpose(1, 2), gate, "sdpa_output")
         out_BLD = self.o_proj(y_BLHK.flatten(2))
         return self._gated(out_BLD.unsqueeze(2), gate, "dense_output").squeeze(2)
@@ -211,24 +205,7 @@ class GatedAttention(nn.Module):
         return x_BLHK * gate if self.combine == "multiply" else x_BLHK + gate
 
 
-class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
-
-    def __init__(
-        self, attention: GatedAttention, hidden_size: int, intermediate_size: int, *, eps: float = 1e-6
-    ) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(hidden_size, eps=eps)
-        self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(hidden_size, eps=eps)
-        self.mlp = SwiGLU(hidden_size, intermediate_size)
-
-    def forward(self, x_BLD: Tensor, positions: Tensor | None = None) -> Tensor:
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), positions)
-        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
-
-
-class GatedAttentionLM(nn.Module, PyTorchModelHubMixin):
+class GatedAttentionLM(DecoderLM):
     """Decoder-only language model of gated attention: tokens (B, L) -> logits (B, L, V).
 
     Args:
@@ -265,64 +242,33 @@ class GatedAttentionLM(nn.Module, PyTorchModelHubMixin):
         dropout: float = 0.0,
         tie_embeddings: bool = False,
     ) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
-        self.layers = nn.ModuleList(
-            Block(
-                GatedAttention(
-                    hidden_size,
-                    num_heads,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    gate=gate,
-                    position=position,
-                    activation=activation,
-                    combine=combine,
-                    head_specific=head_specific,
-                    input_dependent=input_dependent,
-                    qk_norm=qk_norm,
-                    bias=bias,
-                    rope_theta=rope_theta,
-                    eps=eps,
-                    dropout=dropout,
-                ),
+        attentions = [
+            GatedAttention(
                 hidden_size,
-                intermediate_size,
+                num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                gate=gate,
+                position=position,
+                activation=activation,
+                combine=combine,
+                head_specific=head_specific,
+                input_dependent=input_dependent,
+                qk_norm=qk_norm,
+                bias=bias,
+                rope_theta=rope_theta,
                 eps=eps,
+                dropout=dropout,
             )
             for _ in range(num_layers)
-        )
-        self.norm = RMSNorm(hidden_size, eps=eps)
-        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
-        self.apply(_initialise)
-        if tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        ]
+        super().__init__(attentions, vocab_size, hidden_size, intermediate_size, eps=eps, tie_embeddings=tie_embeddings)
+        self.apply(initialise_normal)  # the gate's rows like all others, so that it starts near one half
 
     @property
-    def blocks(self) -> list[Block]:
-        """The layers, typed."""
-        return [layer for layer in self.layers if isinstance(layer, Block)]
-
-    def hidden_states(self, tokens_BL: Tensor) -> list[Tensor]:
-        """The residual stream after the embedding and after each block, (B, L, D) each."""
-        states = [self.embed_tokens(tokens_BL)]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return states
-
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        return self.lm_head(self.norm(self.hidden_states(tokens_BL)[-1]))
-
-    def no_weight_decay(self) -> set[str]:
-        return {"embed_tokens.weight"}
-
-
-def _initialise(module: nn.Module) -> None:
-    """Weights N(0, 0.02), biases zero; the gate's rows like all others, so that it starts near one half."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def attentions(self) -> list[GatedAttention]:
+        """The attention layers, in order."""
+        return [block.self_attn for block in self.blocks if isinstance(block.self_attn, GatedAttention)]
 
 
 @torch.no_grad()
@@ -330,9 +276,10 @@ def first_token_attention(model: GatedAttentionLM, tokens_BL: Tensor) -> Tensor:
     """Share of attention on the first token, by layer: mean over batch, heads and all queries (F-Attn of the paper)."""
     states = model.hidden_states(tokens_BL)
     maps = (
-        layer.self_attn.attention_map(layer.input_layernorm(x)) for layer, x in zip(model.blocks, states, strict=False)
+        attention.attention_map(block.input_layernorm(x))
+        for attention, block, x in zip(model.attentions, model.blocks, states, strict=False)
     )
-    return torch.stack([attention[..., 0].mean() for attention in maps])
+    return torch.stack([weights[..., 0].mean() for weights in maps])
 
 
 @torch.no_grad()

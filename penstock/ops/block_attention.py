@@ -1,0 +1,227 @@
+"""Softmax attention over part of the attention map: tiles kept or skipped, or seen at a coarser resolution.
+
+The map is cut into tiles of ``block_size`` queries by ``block_size`` keys. Block-sparse attention keeps some tiles;
+pyramid attention gives each a level l: 1 is full resolution, 2, 4 or 8 averages that many neighbouring keys and
+values into one, which then counts l times in the softmax, and 0 skips the tile.
+
+Shape legend: B batch, H heads, G key/value heads, L query length, T key length, K head width, M query blocks,
+N key blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from penstock.ops.dispatch import choose
+
+BlockSize = int | tuple[int, int]
+#: Resolutions of a tile, 0 being none.
+LEVELS = (0, 1, 2, 4, 8)
+
+
+def block_sparse_attention(
+    q_BHLK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    block_mask: Tensor,
+    *,
+    block_size: BlockSize = 64,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: Literal["reference"] | None = None,
+) -> Tensor:
+    """Softmax attention over the keys of the tiles that ``block_mask`` keeps; the cost follows the kept tiles.
+
+    Args:
+        q_BHLK: queries.
+        k_BGTK, v_BGTK: keys and values; G divides H, T equals L if causal.
+        block_mask: bool (M, N), (H, M, N) or (B, H, M, N), M = ceil(L / block of queries), N = ceil(T / block of keys).
+        block_size: of queries and keys, one number or two.
+        causal: a query sees no later key; kept tiles wholly in the future have no effect.
+        scale: of the scores, default K^-1/2.
+        backend: default by device.
+
+    Returns:
+        (B, H, L, K).
+
+    Raises:
+        ValueError: if shapes do not fit, or a block of queries keeps no tile.
+    """
+    check_tiles(q_BHLK, k_BGTK, v_BGTK, block_mask, block_size, causal)
+    choose("block_sparse_attention", backend, ("reference",), lambda: "reference")
+    return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, block_mask.long(), block_size, causal, scale)
+
+
+def pyramid_attention(
+    q_BHLK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    levels: Tensor,
+    *,
+    block_size: BlockSize = 128,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: Literal["reference"] | None = None,
+) -> Tensor:
+    """Softmax attention in which each tile is seen at its own resolution.
+
+    Keys and values are padded to whole blocks by repeating the last token; averages may hold copies of it, full
+    resolution does not see them. An averaged token is visible to the queries from its last member on, if causal.
+
+    Args:
+        q_BHLK, k_BGTK, v_BGTK, block_size, causal, scale, backend: see `block_sparse_attention`; the block of keys is
+            a multiple of 8.
+        levels: integers (M, N), (H, M, N) or (B, H, M, N), each 0 (skipped), 1, 2, 4 or 8.
+
+    Returns:
+        (B, H, L, K); a query that sees no key at all gets zeros.
+
+    Raises:
+        ValueError: if shapes do not fit, a level is none of these, or a block of queries has no tile.
+
+    Source: PSA (Li et al. 2025), sec. 3.
+    """
+    check_tiles(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal)
+    choose("pyramid_attention", backend, ("reference",), lambda: "reference")
+    return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal, scale)
+
+
+def pooled_attention_map(
+    q_BHLK: Tensor,
+    k_BGTK: Tensor,
+    *,
+    block_size: BlockSize = 64,
+    pool: Literal["max", "mean", "sum"] = "max",
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """The attention map pooled over tiles, without ever holding the map: what SeerAttention's gates learn.
+
+    Args:
+        q_BHLK, k_BGTK, block_size, causal, scale: see `block_sparse_attention`.
+        pool: over the probabilities of a tile. SeerAttention takes the maximum.
+
+    Returns:
+        (B, H, M, N) in float32 at least, not normalised; no gradient.
+
+    Source: SeerAttention (Gao et al. 2024), sec. 3.2.
+    """
+    size_q, size_k = _sizes(block_size)
+    tiles = attention_probabilities(q_BHLK, k_BGTK, causal, scale)
+    lengths = tiles.shape[-2:]
+    tiles = F.pad(tiles, (0, -lengths[1] % size_k, 0, -lengths[0] % size_q))
+    tiles = tiles.unflatten(-1, (-1, size_k)).unflatten(-3, (-1, size_q))
+    if pool == "max":
+        return tiles.amax((-3, -1))
+    total = tiles.sum((-3, -1))
+    return total if pool == "sum" else total / (size_q * size_k)
+
+
+def attention_probabilities(q_BHLK: Tensor, k_BGTK: Tensor, causal: bool, scale: float | None = None) -> Tensor:
+    """The whole attention map (B, H, L, T), for reference."""
+    k_BHTK = k_BGTK.repeat_interleave(q_BHLK.shape[1] // k_BGTK.shape[1], 1)
+    scores = (q_BHLK @ k_BHTK.mT).mul(q_BHLK.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def pool_keys(x_BGTK: Tensor, block: int, level: int) -> Tensor:
+    """Means over ``level`` consecutive tokens, after repeating the last token up to whole blocks."""
+    missing = -x_BGTK.shape[2] % block
+    padded = torch.cat([x_BGTK, x_BGTK[:, :, -1:].expand(-1, -1, missing, -1)], 2) if missing else x_BGTK
+    return padded if level == 1 else padded.unflatten(2, (-1, level)).mean(3)
+
+
+def reference_pyramid_attention(
+    q_BHLK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    levels: Tensor,
+    block_size: BlockSize,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """The definition: all levels side by side under one dense mask; memory L x 1.9 T."""
+    size_q, size_k = _sizes(block_size)
+    (batch, heads, length, width), groups, total = q_BHLK.shape, k_BGTK.shape[1], k_BGTK.shape[2]
+    levels = levels.expand(batch, heads, -1, -1)
+    per_query = levels.repeat_interleave(size_q, 2)[:, :, :length]
+    at = torch.arange(length, device=q_BHLK.device)[:, None]
+    keys, values, biases = [], [], []
+    for level in LEVELS[1:]:
+        if level > 1 and not (levels == level).any():
+            continue
+        keys.append(pool_keys(k_BGTK, size_k, level))
+        values.append(pool_keys(v_BGTK, size_k, level))
+        chosen = (per_query == level).repeat_interleave(size_k // level, 3)
+        last = torch.arange(chosen.shape[-1], device=q_BHLK.device) * level + level - 1
+        if level == 1:
+            chosen = chosen & (last < total)
+        if causal:
+            chosen = chosen & (last <= at)
+        bias = torch.full(chosen.shape, math.log(level), dtype=q_BHLK.dtype, device=q_BHLK.device)
+        biases.append(bias.masked_fill(~chosen, -math.inf))
+    repeat = heads // groups
+    k = torch.cat(keys, 2).repeat_interleave(repeat, 1)
+    v = torch.cat(values, 2).repeat_interleave(repeat, 1)
+    bias = torch.cat(biases, 3)
+    scores = q_BHLK @ k.mT * (width**-0.5 if scale is None else scale) + bias
+    blind = bias.amax(-1, keepdim=True) == -math.inf
+    weights = scores.masked_fill(blind, 0.0).softmax(-1)
+    return weights.masked_fill(blind, 0.0) @ v
+
+
+def check_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block_size: BlockSize, causal: bool) -> None:
+    """Refuse shapes that do not fit, unknown levels, and blocks of queries that see nothing.
+
+    Raises:
+        ValueError: saying what was given and what would be right.
+    """
+    size_q, size_k = _sizes(block_size)
+    if size_q < 1 or size_k < 1:
+        raise ValueError(f"block_size={block_size} must be positive")
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: they must be (B, H, L, K) and twice (B, G, T, K)"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{k.shape[1]} key/value heads do not divide {q.shape[1]} query heads")
+    if causal and q.shape[2] != k.shape[2]:
+        raise ValueError(f"causal attention needs as many keys as queries, not {k.shape[2]} and {q.shape[2]}")
+    need = (math.ceil(q.shape[2] / size_q), math.ceil(k.shape[2] / size_k))
+    leading = tiles.shape[:-2]
+    if (
+        tiles.shape[-2:] != need
+        or len(leading) > 2
+        or any(
+            given not in (1, right) for given, right in zip(reversed(leading), (q.shape[1], q.shape[0]), strict=False)
+        )
+    ):
+        raise ValueError(
+            f"the map of tiles is {tuple(tiles.shape)}; with blocks of {block_size} it must be ([B, H,] {need[0]}, {need[1]})"
+        )
+    if tiles.dtype == torch.bool:
+        kept = tiles
+    else:
+        kept = tiles > 0
+        if size_k % 8:
+            raise ValueError(f"block_size={block_size}: the block of keys must be a multiple of 8")
+        if not torch.isin(tiles, torch.tensor(LEVELS, device=tiles.device)).all():
+            raise ValueError(f"levels must be among {LEVELS}")
+    if causal:
+        first_key = torch.arange(need[1], device=tiles.device) * size_k
+        last_query = (torch.arange(need[0], device=tiles.device) + 1) * size_q - 1
+        kept = kept & (first_key <= last_query[:, None])
+    if not (rows := kept.any(-1)).all():
+        raise ValueError(f"{int((~rows).sum())} blocks of queries keep no tile; keep at least the diagonal one")
+
+
+def _sizes(block_size: BlockSize) -> tuple[int, int]:
+    return (block_size, block_size) if isinstance(block_size, int) else block_size
