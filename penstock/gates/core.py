@@ -347,8 +347,11 @@ def attach(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
 
 
 def observed(gate: nn.Module) -> bool:
-    """Whether anyone looks at or replaces the gate's values, so that a fused form that never shows them will not do."""
-    return bool(gate._forward_hooks or gate._forward_pre_hooks)
+    """Whether anyone looks at or replaces the gate's values, so that a fused form that never shows them will not do.
+
+    Code being compiled always says yes: it would not be compiled anew for a hook that comes later.
+    """
+    return torch.compiler.is_compiling() or bool(gate._forward_hooks or gate._forward_pre_hooks)
 
 
 def input_dims(spec: Spec, inputs: Any, values: Tensor) -> int:

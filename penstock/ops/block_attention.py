@@ -11,15 +11,17 @@ N key blocks.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.ops.dispatch import choose
+from penstock.ops.tile_attention import NOWHERE, can_run_native, tile_attention
 
 BlockSize = int | tuple[int, int]
+Backend = Literal["reference", "gather", "native"]
 #: Resolutions of a tile, 0 being none.
 LEVELS = (0, 1, 2, 4, 8)
 
@@ -33,7 +35,7 @@ def block_sparse_attention(
     block_size: BlockSize = 64,
     causal: bool = True,
     scale: float | None = None,
-    backend: Literal["reference"] | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Softmax attention over the keys of the tiles that ``block_mask`` keeps; the cost follows the kept tiles.
 
@@ -53,8 +55,10 @@ def block_sparse_attention(
         ValueError: if shapes do not fit, or a block of queries keeps no tile.
     """
     check_tiles(q_BHLK, k_BGTK, v_BGTK, block_mask, block_size, causal)
-    choose("block_sparse_attention", backend, ("reference",), lambda: "reference")
-    return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, block_mask.long(), block_size, causal, scale)
+    form = _form("block_sparse_attention", backend, q_BHLK)
+    if form == "reference":
+        return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, block_mask.long(), block_size, causal, scale)
+    return _listed(q_BHLK, k_BGTK, v_BGTK, block_mask.bool(), block_size, causal, scale, native=form == "native")
 
 
 def pyramid_attention(
@@ -66,7 +70,7 @@ def pyramid_attention(
     block_size: BlockSize = 128,
     causal: bool = False,
     scale: float | None = None,
-    backend: Literal["reference"] | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Softmax attention in which each tile is seen at its own resolution.
 
@@ -87,8 +91,10 @@ def pyramid_attention(
     Source: PSA (Li et al. 2025), sec. 3.
     """
     check_tiles(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal)
-    choose("pyramid_attention", backend, ("reference",), lambda: "reference")
-    return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal, scale)
+    form = _form("pyramid_attention", backend, q_BHLK)
+    if form == "reference":
+        return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal, scale)
+    return _listed(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal, scale, native=form == "native")
 
 
 def pooled_attention_map(
@@ -107,19 +113,37 @@ def pooled_attention_map(
         pool: over the probabilities of a tile. SeerAttention takes the maximum.
 
     Returns:
-        (B, H, M, N) in float32 at least, not normalised; no gradient.
+        (B, H, M, N) in float32 at least, not normalised; no gradient. The map itself is formed for one block of
+        queries at a time.
+
+    Raises:
+        ValueError: for an unknown ``pool``.
 
     Source: SeerAttention (Gao et al. 2024), sec. 3.2.
     """
+    if pool not in ("max", "mean", "sum"):
+        raise ValueError(f"pool={pool!r} must be 'max', 'mean' or 'sum'")
     size_q, size_k = _sizes(block_size)
-    tiles = attention_probabilities(q_BHLK, k_BGTK, causal, scale)
-    lengths = tiles.shape[-2:]
-    tiles = F.pad(tiles, (0, -lengths[1] % size_k, 0, -lengths[0] % size_q))
-    tiles = tiles.unflatten(-1, (-1, size_k)).unflatten(-3, (-1, size_q))
-    if pool == "max":
-        return tiles.amax((-3, -1))
-    total = tiles.sum((-3, -1))
-    return total if pool == "sum" else total / (size_q * size_k)
+    (batch, heads, length, width), groups, total = q_BHLK.shape, k_BGTK.shape[1], k_BGTK.shape[2]
+    wide = torch.promote_types(q_BHLK.dtype, torch.float32)
+    q = q_BHLK.detach() * (width**-0.5 if scale is None else scale)
+    shape = (batch, heads, math.ceil(length / size_q), math.ceil(total / size_k))
+    pooled = q.new_zeros(shape, dtype=wide)
+    for number in range(shape[2]):
+        first = number * size_q
+        rows = q[:, :, first : first + size_q]
+        seen = min(total, first + rows.shape[2]) if causal else total
+        # Heads that share keys are taken as further rows: (B, G, H/G m, seen).
+        keys = k_BGTK.detach()[:, :, :seen].mT
+        scores = (rows.unflatten(1, (groups, -1)).flatten(2, 3) @ keys).to(wide).view(batch, heads, -1, seen)
+        if causal:
+            corner = scores[..., first:]
+            future = torch.ones(corner.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            corner.masked_fill_(future, -math.inf)
+        weights = F.pad(scores.softmax(-1), (0, -seen % size_k)).unflatten(-1, (-1, size_k))
+        part = weights.amax(-1).amax(-2) if pool == "max" else weights.sum((-3, -1))
+        pooled[:, :, number, : part.shape[-1]] = part
+    return pooled / (size_q * size_k) if pool == "mean" else pooled
 
 
 def attention_probabilities(q_BHLK: Tensor, k_BGTK: Tensor, causal: bool, scale: float | None = None) -> Tensor:
@@ -176,6 +200,81 @@ def reference_pyramid_attention(
     blind = bias.amax(-1, keepdim=True) == -math.inf
     weights = scores.masked_fill(blind, 0.0).softmax(-1)
     return weights.masked_fill(blind, 0.0) @ v
+
+
+def _form(operation: str, backend: Backend | None, q: Tensor) -> str:
+    form = choose(operation, backend, get_args(Backend), lambda: "native" if can_run_native(q) else "gather")
+    if form == "native" and not can_run_native(q):
+        raise ValueError(
+            f"{operation}: the native backend needs float32 on the CPU and a C compiler; leave backend to choose"
+        )
+    return form
+
+
+def _listed(
+    q_BHLK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    levels: Tensor,
+    block_size: BlockSize,
+    causal: bool,
+    scale: float | None,
+    *,
+    native: bool,
+) -> Tensor:
+    """By lists of units: a tile at level l is its keys averaged, a run of block / l tokens."""
+    size_q, size_k = _sizes(block_size)
+    batch, heads, _, width = q_BHLK.shape
+    total = k_BGTK.shape[2]
+    levels = levels.expand(batch, heads, -1, -1)
+    if causal:
+        first_key = torch.arange(levels.shape[3], device=levels.device) * size_k
+        last_query = (torch.arange(levels.shape[2], device=levels.device) + 1) * size_q - 1
+        levels = levels * (first_key <= last_query[:, None])
+    rows = levels.flatten(0, 2)
+    plain = levels.dtype == torch.bool
+    present = [level for level in LEVELS[1:] if level == 1 or (not plain and bool((rows == level).any()))]
+    unit = size_k // present[-1]
+    keys, values, last, biases, owners, entries = [], [], [], [], [], []
+    offset = 0
+    for level in present:
+        keys.append(pool_keys(k_BGTK, size_k, level).unflatten(2, (-1, unit)))
+        values.append(pool_keys(v_BGTK, size_k, level).unflatten(2, (-1, unit)))
+        count = keys[-1].shape[2]
+        seen_from = torch.arange(count * unit, device=levels.device) * level + level - 1
+        if level == 1:
+            seen_from = seen_from.masked_fill(seen_from >= total, NOWHERE)
+        last.append(seen_from.view(count, unit))
+        biases.append(torch.full((count,), math.log(level), dtype=torch.float64, device=levels.device))
+        owner, tile = (rows if plain else rows == level).nonzero(as_tuple=True)
+        each = size_k // level // unit
+        if each > 1:
+            owner = owner.repeat_interleave(each)
+            tile = (tile[:, None] * each + torch.arange(each, device=levels.device)).flatten()
+        owners.append(owner)
+        entries.append(tile + offset)
+        offset += count
+    owner, entry, seen_from = torch.cat(owners), torch.cat(entries), torch.cat(last)
+    if len(present) > 1:
+        # Units that need a mask go to the end of their list.
+        late = seen_from.amax(1)[entry] > (owner % levels.shape[2] * size_q if causal else NOWHERE - 1)
+        order = (owner * 2 + late).argsort(stable=True)
+        owner, entry = owner[order], entry[order]
+    counts = torch.bincount(owner, minlength=len(rows))
+    out, _ = tile_attention(
+        q_BHLK,
+        keys[0] if len(keys) == 1 else torch.cat(keys, 2),
+        values[0] if len(values) == 1 else torch.cat(values, 2),
+        entry,
+        counts,
+        seen_from,
+        torch.cat(biases),
+        size_q,
+        causal,
+        width**-0.5 if scale is None else scale,
+        native,
+    )
+    return out
 
 
 def check_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block_size: BlockSize, causal: bool) -> None:

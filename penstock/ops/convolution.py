@@ -40,10 +40,10 @@ def causal_depthwise_conv(
         raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x_BLD.shape)}: it must be (D, 1, W)")
     x_BDL = x_BLD.transpose(1, 2)
     if initial_state is None:
-        initial_state = x_BDL.new_zeros(len(x_BLD), channels, taps)
-    elif initial_state.shape != (len(x_BLD), channels, taps):
+        initial_state = x_BDL.new_zeros(x_BLD.shape[0], channels, taps)
+    elif initial_state.shape != (x_BLD.shape[0], channels, taps):
         raise ValueError(
-            f"initial_state is {tuple(initial_state.shape)}; it must be (B, D, W) = ({len(x_BLD)}, {channels}, {taps})"
+            f"initial_state is {tuple(initial_state.shape)}; it must be (B, D, W) = ({x_BLD.shape[0]}, {channels}, {taps})"
         )
     seen = torch.cat([initial_state, x_BDL], -1)
     y_BDL = F.conv1d(seen[..., 1:], weight, bias, groups=channels)
