@@ -1,0 +1,1 @@
+"""Gated Associative Memory (Acharya 2025)."""
