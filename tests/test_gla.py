@@ -488,7 +488,7 @@ def test_mlp_width_rounds_up_to_256() -> None:
         ({"expand_k": 0.1}, "the key width 1 "),
         ({"mode": "fused_chunk"}, "mode='fused_chunk' must be one of recurrent, chunk, parallel"),
         ({"variant": "mamba"}, "variant='mamba' must be one of fla, paper"),
-        ({"decay": "slow"}, "decay='slow' must be one of channel, head, fixed, none"),
+        ({"decay": "slow"}, "decay='slow' must be one of channel, head, static, fixed, none"),
         ({"feature_map": "elu"}, "feature_map='elu' must be one of swish, "),
         ({"gate_fn": "tanh"}, "gate_fn='tanh' must be one of swish, "),
         ({"clamp_min": 0.5}, "clamp_min=0.5 must be at most 0"),
@@ -560,7 +560,7 @@ def test_measures_of_length_gates_and_interventions() -> None:
     data = text(60)
     found = system("gla")
     arms = found.arms(config, data.spec)
-    assert list(arms) == ["gated", "ungated", "fixed_decay", "attention"]
+    assert list(arms) == ["gated", "ungated", "static_decay", "fixed_decay", "attention"]
     torch.manual_seed(0)
     model = arms["gated"]().eval()
     task = LanguageModelling(model, config.train, data)
