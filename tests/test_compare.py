@@ -10,6 +10,7 @@ import pytest
 
 from penstock.cli import main
 from penstock.lab import cards
+from penstock.lab.compare import resized
 from penstock.lab.system import system
 from tests.test_run import TINY
 
@@ -41,6 +42,29 @@ def test_leaderboard_ranks_by_the_tasks_first_metric(
     assert main(["ablate", str(out / "gated_attention"), "--batches", "1", "--json"]) == 0, (
         "each part is a run of its own"
     )
+
+
+def test_sizes_are_matched_and_speed_is_given_by_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TINY, "--train.steps", "2", "--json", "--out", str(tmp_path / "board")]
+    assert main(["compare", "gated_attention", "gla", "gam", *flags]) == 0
+    board = json.loads(capsys.readouterr().out)
+    assert board["task"] == "language_modelling"
+    sizes = {row["name"]: row["cost"]["parameters"] for row in board["rows"]}
+    assert len(sizes) == 4
+    assert max(sizes.values()) / min(sizes.values()) < 1.03
+    for row in board["rows"]:
+        assert set(row["speed"]) == {f"tokens_per_s_at_{length}" for length in (256, 1024, 4096)}
+        assert min(row["speed"].values()) > 0
+
+
+def test_a_size_that_cannot_be_met_is_as_near_as_it_gets() -> None:
+    gla = system("gla")
+    config = gla.Config()
+    spec = {"vocab_size": 256, "window": 64}
+    assert resized(gla, config, spec, 1).mlp_hidden == 1
+    assert resized(gla, config, spec, 10**6).mlp_hidden > config.mlp_hidden
+    optfs = system("optfs")
+    assert resized(optfs, optfs.Config(), {}, 10**6) == optfs.Config(), "no size_field, nothing changed"
 
 
 def test_systems_of_different_tasks_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

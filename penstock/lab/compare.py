@@ -1,10 +1,15 @@
-"""One leaderboard of several systems: the same data and the same budget for all."""
+"""One leaderboard of several systems: the same data, the same budget and, where it can be had, the same size for all."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from penstock.data.base import Data
 from penstock.errors import UserError
@@ -17,10 +22,17 @@ from penstock.lab.system import System, system
 
 #: The parts of `Training` that make up the budget; the rest (learning rate, schedule ...) stays each system's own.
 _BUDGET = ("steps", "epochs", "batch_size")
+#: What the others take over from the first, where they can be built with it and still have its size.
+_SHAPE = ("width", "depth")
+#: Numbers of parameters this near to each other count as the same.
+_TOLERANCE = 0.03
 
 
 def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict[str, Any]]:
     """Train the gated arm of several systems, and the first one's ungated twin, on the same data with the same budget.
+
+    Systems that name a `System.size_field` are given about as many parameters as the first, at its width and depth if
+    they can.
 
     Args:
         names: of systems that share a task.
@@ -28,7 +40,8 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
         options: data, seeds, folder.
 
     Returns:
-        the folder and the leaderboard: one row a model, best first by the task's first metric.
+        the folder and the leaderboard: one row a model, best first by the task's first metric, with its cost and,
+        for sequence models, its speed by length.
 
     Raises:
         UserError: if the systems do not share a task, or the data cannot be used.
@@ -37,11 +50,7 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
         raise UserError(f"compare {' '.join(names)}: a system is named twice")
     if options.resume is not None:
         raise UserError("compare cannot be resumed; --resume goes with `penstock run`")
-    tasks = {name: card(name).task for name in names}
-    if len(set(tasks.values())) > 1:
-        raise UserError(
-            "systems of different tasks cannot share data: " + ", ".join(f"{n} is {t}" for n, t in tasks.items())
-        )
+    task = _shared_task(names)
     systems = [system(name) for name in names]
     if options.quick:
         config = override(config, untouched(config, systems[0].quick))
@@ -51,21 +60,29 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
     try:
         rows = []
         for name, job in jobs.items():
+            reporter.say(f"{name}:")
             part = RunFolder(folder.path / name)
             write_atomically(part.path / "config.yaml", job.about())
             results = job.execute(part)
+            kind = job.system.task_for(job.data.spec)
             for arm, found in results["arms"].items():
                 title = name if arm == "gated" else f"{name} ({arm})"
                 rows.append(
-                    {"name": title, "metrics": found["metrics"], "cost": found["cost"], "failed": found.get("failed")}
+                    {
+                        "name": title,
+                        "metrics": found["metrics"],
+                        "cost": found["cost"],
+                        "speed": kind.speed(partial(_build, job, arm), job.data.spec),
+                        "failed": found.get("failed"),
+                    }
                 )
-        metrics = dict(systems[0].task.leaderboard)
+        metrics = dict(systems[0].task_for(next(iter(jobs.values())).data.spec).leaderboard)
         first, mode = next(iter(metrics.items()))
         sign = -1 if mode == "max" else 1
         rows.sort(key=lambda row: sign * row["metrics"][first]["mean"] if first in row["metrics"] else float("inf"))
         board = {
             "systems": names,
-            "task": tasks[names[0]],
+            "task": task,
             "data": next(iter(jobs.values())).data.describe(),
             "budget": {k: getattr(config.train, k) for k in _BUDGET},
             "seeds": list(range(options.seeds)),
@@ -80,15 +97,75 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
     return folder.path, board
 
 
+def _shared_task(names: list[str]) -> str:
+    """The first system's task or another of its, if all the others have it too."""
+    tasks = {name: (card(name).task, *card(name).also) for name in names}
+    for task in tasks[names[0]]:
+        if all(task in own for own in tasks.values()):
+            return task
+    raise UserError(
+        "systems of different tasks cannot share data: "
+        + ", ".join(f"{name} is {' or '.join(own)}" for name, own in tasks.items())
+    )
+
+
 def _jobs(systems: list[System[Any]], config: Any, options: Options, reporter: Reporter) -> dict[str, Job]:
     jobs: dict[str, Job] = {}
     data: Data | None = None
+    size = 0
     for number, one in enumerate(systems):
         own = config if number == 0 else one.Config()
         own = dataclasses.replace(own, data=config.data)
         own = override(own, {f"train.{name}": getattr(config.train, name) for name in _BUDGET})
+        if data is not None:
+            spec = data.spec
+            shape = {name: getattr(config, name) for name in _SHAPE if hasattr(config, name) and hasattr(own, name)}
+            sizes = [resized(one, c, spec, size) for c in (override(own, shape), own)]
+            off = [max(abs(_parameters(one, c, spec) / size - 1), _TOLERANCE) for c in sizes]
+            own = sizes[off.index(min(off))]
         arms = ("gated", "ungated") if number == 0 else ("gated",)
         job = Job.prepare(one, own, dataclasses.replace(options, arms=arms), reporter, data=data, judged=False)
-        data = job.data
-        jobs[one.name] = job
+        data, jobs[one.name] = job.data, job
+        count = _parameters(one, own, data.spec)
+        size = size or count
+        if abs(count / size - 1) > _TOLERANCE:
+            reporter.say(
+                f"{one.name} has {count:,} parameters, {systems[0].name} {size:,}: their sizes are not matched"
+                + ("" if one.size_field else f" ({one.name} has no setting for it)")
+            )
     return jobs
+
+
+def resized(one: System[Any], config: Any, spec: Mapping[str, Any], parameters: int) -> Any:
+    """The configuration with which the gated arm has about so many parameters, by the system's `size_field` alone.
+
+    Returns ``config`` itself where the system has no such field.
+    """
+    field = one.size_field
+    if not field:
+        return config
+    low, high = 1, 1
+    while high < 2**20 and _parameters(one, override(config, {field: high}), spec) < parameters:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _parameters(one, override(config, {field: middle}), spec) < parameters:
+            low = middle
+        else:
+            high = middle
+    off = {size: abs(_parameters(one, override(config, {field: size}), spec) - parameters) for size in (low, high)}
+    return override(config, {field: min(off, key=off.__getitem__)})
+
+
+def _parameters(one: System[Any], config: Any, spec: Mapping[str, Any]) -> int:
+    """Of the gated arm, built without memory; none where the sizes cannot be met."""
+    try:
+        with torch.device("meta"):
+            model = one.arms(config, spec)["gated"]()
+    except ValueError:
+        return 0
+    return sum(p.numel() for p in model.parameters())
+
+
+def _build(job: Job, arm: str, spec: Mapping[str, Any]) -> nn.Module:
+    return job.system.arms(job.config, spec)[arm]()

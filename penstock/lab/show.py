@@ -53,17 +53,22 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
 
 def show_leaderboard(board: dict[str, Any], folder: Path) -> None:
     """The rows of a comparison."""
-    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    console = Console(highlight=False, width=None if Console().is_terminal else 190)
     metrics = list(board["leaderboard"])
     extra = [
         k for k in ("parameters", "flops", "latency_ms", "train_seconds") if any(k in r["cost"] for r in board["rows"])
     ]
-    table = _table("leaderboard", ["system", *metrics, *extra])
+    speeds = list(dict.fromkeys(name for row in board["rows"] for name in row["speed"]))
+    table = _table(
+        "leaderboard",
+        ["system", *metrics, *extra, *(name.replace("tokens_per_s_at_", "tokens/s at ") for name in speeds)],
+    )
     for row in board["rows"]:
         table.add_row(
             Text(row["name"]),
             *(_spread(row["metrics"].get(m)) for m in metrics),
             *(number(row["cost"].get(c)) for c in extra),
+            *(number(row["speed"].get(name)) for name in speeds),
         )
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True)

@@ -118,6 +118,16 @@ class Task(L.LightningModule):
         return {}
 
     @classmethod
+    def speed(cls, build: Callable[[Mapping[str, Any]], nn.Module], spec: Mapping[str, Any]) -> dict[str, float]:
+        """How fast a model is at several sizes of input, by a name with its unit; for `penstock compare`.
+
+        Args:
+            build: makes the model (with fresh weights) for data of a ``spec``.
+            spec: of the data.
+        """
+        return {}
+
+    @classmethod
     @abstractmethod
     def predict_file(
         cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 1024

@@ -6,7 +6,8 @@ Shape legend: B batch, L length, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from penstock.data.text import make_tokenizer, read_documents
 from penstock.tasks.base import Task
+
+#: Where `LanguageModelling.speed` measures, in tokens, and how often.
+_SPEED_LENGTHS = (256, 1024, 4096)
+_SPEED_PASSES = 4
 
 
 class LanguageModelling(Task):
@@ -48,6 +53,22 @@ class LanguageModelling(Task):
 
     def inputs(self, batch: Tensor) -> tuple[Tensor]:
         return (batch[:, :-1],)
+
+    @classmethod
+    @torch.no_grad()
+    def speed(cls, build: Callable[[Mapping[str, Any]], nn.Module], spec: Mapping[str, Any]) -> dict[str, float]:
+        """Tokens a second of a forward pass over one sequence, at several lengths; the fastest of a few passes."""
+        measured = {}
+        for length in _SPEED_LENGTHS:
+            model = build({**spec, "window": length}).eval()
+            tokens_BL = torch.randint(spec["vocab_size"], (1, length), generator=torch.Generator().manual_seed(0))
+            times = []
+            for _ in range(_SPEED_PASSES):
+                start = time.perf_counter()
+                model(tokens_BL)
+                times.append(time.perf_counter() - start)
+            measured[f"tokens_per_s_at_{length}"] = length / min(times)
+        return measured
 
     @classmethod
     @torch.no_grad()
