@@ -16,6 +16,7 @@ import torch
 
 from penstock.cli import main
 from penstock.errors import UserError
+from penstock.lab.cost import flops
 from penstock.lab.store import RunFolder, load, open_run, write_atomically
 
 TINY = [
@@ -236,3 +237,12 @@ def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(tmp_path: Path, capsys: pyte
     text.write_text("something else\n" * 800)
     assert main(["run", "gated_attention", "--resume", str(out)]) == 2
     assert "not what it was" in capsys.readouterr().err
+
+
+def test_fused_attention_on_the_cpu_is_counted() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    inputs = (torch.randn(3, 2, 64, 8), torch.randn(3, 2, 32, 8))
+    assert flops(Attention(), inputs) == 2 * 3 * 2 * 64 * 32 * (8 + 8)
