@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from penstock.ops import gated_linear_attention, last_backend
 from penstock.ops.linear_attention import Backend
+from penstock.ops.native import library
 
+needs_native = pytest.mark.skipif(library("gla") is None, reason="needs a C compiler: apt-get install gcc")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
@@ -73,25 +75,45 @@ def test_the_parallel_form_is_the_recurrence(strength: float) -> None:
     check(inputs(2, 37, 2, 5, 3, strength), "parallel")
 
 
+@needs_native
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 150),
+    width=st.integers(1, 9),
+    values=st.integers(1, 9),
+    strength=st.sampled_from([0.0, 0.05, 1.0, 5.0, 150.0]),
+    chunk=st.sampled_from([16, 64]),
+    seed=st.integers(0, 3),
+)
+def test_the_kernel_in_c_is_the_recurrence(
+    length: int, width: int, values: int, strength: float, chunk: int, seed: int
+) -> None:
+    given = inputs(2, length, 2, width, values, strength, dtype=torch.float32, seed=seed)
+    check(given, "native", chunk_size=chunk)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strength", [0.05, 1.0, 50.0])
 def test_lower_precisions_stay_near_and_finite(dtype: torch.dtype, strength: float) -> None:
     check(inputs(1, 300, 2, 16, 16, strength, dtype=dtype), "chunk")
 
 
-def test_many_chunks_and_segments() -> None:
-    check(inputs(3, 1100, 4, 32, 32, 0.1, dtype=torch.float32), "chunk")
+@pytest.mark.parametrize("backend", ["chunk", pytest.param("native", marks=needs_native)])
+def test_many_chunks_and_segments(backend: Backend) -> None:
+    check(inputs(3, 1100, 4, 32, 32, 0.1, dtype=torch.float32), backend)
 
 
 def test_one_decay_a_head() -> None:
     check(inputs(2, 70, 2, 4, 4, 1.0, scalar=True), "chunk")
 
 
+@pytest.mark.parametrize("backend", ["chunk", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("strength", [0.3, 60.0])
 @pytest.mark.parametrize("bounds", [[0, 1, 65, 130, 200], [0, 64, 128, 200], [0, 200]])
-def test_packed_sequences_do_not_know_each_other(bounds: list[int], strength: float) -> None:
-    given = inputs(1, 200, 2, 4, 4, strength, rows=len(bounds) - 1)
-    check(given, "chunk", cu_seqlens=torch.tensor(bounds), chunk_size=32)
+def test_packed_sequences_do_not_know_each_other(bounds: list[int], strength: float, backend: Backend) -> None:
+    dtype = torch.float32 if backend == "native" else torch.float64
+    given = inputs(1, 200, 2, 4, 4, strength, rows=len(bounds) - 1, dtype=dtype)
+    check(given, backend, cu_seqlens=torch.tensor(bounds), chunk_size=32)
     q, k, v, gate, state = given
     _, packed = gated_linear_attention(q, k, v, gate, state, cu_seqlens=torch.tensor(bounds))
     a, b = bounds[-2:]
@@ -131,9 +153,11 @@ def test_the_default_is_chosen_by_length_and_can_be_seen() -> None:
     q, k, v, gate, state = inputs(1, 5, 1, 4, 4, 1.0)
     gated_linear_attention(q, k, v, gate)
     assert last_backend["gated_linear_attention"] == "chunk"
+    with pytest.raises(ValueError, match="native backend needs float32"):
+        gated_linear_attention(q, k, v, gate, backend="native")
     gated_linear_attention(q[:, :1], k[:, :1], v[:, :1], gate[:, :1], state)
     assert last_backend["gated_linear_attention"] == "recurrent"
-    with pytest.raises(ValueError, match="no backend 'fast'; it has recurrent, parallel, chunk, fla"):
+    with pytest.raises(ValueError, match="no backend 'fast'; it has recurrent, parallel, chunk, native, fla"):
         gated_linear_attention(q, k, v, gate, backend="fast")  # type: ignore[arg-type]
 
 

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import register_flop_formula
 from penstock.ops.workspace import workspace
 
 #: Exponents up to this many nats are taken at once: e^60 times anything sensible is far from float32's end.
-_GENTLE = 60.0
+GENTLE = 60.0
 #: A stronger log gate forgets no more in any precision; clamped to it, -inf takes part in sums.
 _STRONGEST = -1e4
 #: Bytes of one operand that are worked on at a time, so that the next step finds them in the cache.
@@ -49,27 +49,35 @@ def chunked(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """See `gated_linear_attention`; ``bounds`` are the offsets of packed sequences."""
-    length = q.shape[1]
-    chunk = min(chunk_size, max(16, 1 << (length - 1).bit_length()))
+    chunk = chunk_for(q, chunk_size)
     given = (q, k, v, log_gate, *(() if initial_state is None else (initial_state,)))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if bounds is None:
         output, final, _ = gla_forward(q, k, v, log_gate, initial_state, scale, chunk, [0], keep)
         return output, final
-    # Each packed sequence is moved to a whole number of chunks; a token added there neither decays nor writes.
+    place, starts = whole_chunks(bounds, chunk, q.device)
+    q, k, v, log_gate = (spread(x, place, starts[-1] * chunk) for x in (q, k, v, log_gate))
+    output, final, _ = gla_forward(q, k, v, log_gate, initial_state, scale, chunk, starts[:-1], keep)
+    return output[:, place], final
+
+
+def chunk_for(q: Tensor, chunk_size: int) -> int:
+    """Tokens a chunk: a short sequence does not fill up a long one."""
+    return min(chunk_size, max(16, 1 << (q.shape[1] - 1).bit_length()))
+
+
+def whole_chunks(bounds: list[int], chunk: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Where tokens of packed sequences go so that each has whole chunks, and each sequence's first chunk (and the end)."""
     places, starts = [], [0]
     for a, b in pairwise(bounds):
-        places.append(torch.arange(b - a, device=q.device) + starts[-1] * chunk)
+        places.append(torch.arange(b - a, device=device) + starts[-1] * chunk)
         starts.append(starts[-1] + -(-(b - a) // chunk))
-    place = torch.cat(places)
+    return torch.cat(places), starts
 
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros(1, starts[-1] * chunk, *x.shape[2:]).index_copy(1, place, x)
 
-    output, final, _ = gla_forward(
-        spread(q), spread(k), spread(v), spread(log_gate), initial_state, scale, chunk, starts[:-1], keep
-    )
-    return output[:, place], final
+def spread(x: Tensor, place: Tensor, length: int) -> Tensor:
+    """Move (1, L, H, K) to its places; a token added between neither decays nor writes."""
+    return x.new_zeros(1, length, *x.shape[2:]).index_copy(1, place, x)
 
 
 @torch.library.custom_op("penstock::gla_forward", mutates_args=())
@@ -240,20 +248,22 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None, _
 gla_forward.register_autograd(_backward, setup_context=_setup)
 
 
-@register_flop_formula(torch.ops.penstock.gla_forward)
-def _forward_flops(
+def forward_flops(
     q: Any, k: Any, v: Any, log_gate: Any, initial: Any, scale: Any, chunk: int, *_: Any, **__: Any
 ) -> int:
     batch, length, heads, width = q
     return batch * length * heads * 2 * (chunk * (width + v[-1]) + 2 * width * v[-1])
 
 
-@register_flop_formula(torch.ops.penstock.gla_backward)
-def _backward_flops(
+def backward_flops(
     grad: Any, final: Any, q: Any, k: Any, v: Any, log_gate: Any, states: Any, finals: Any, scale: Any, chunk: int, *_: Any, **__: Any
 ) -> int:  # fmt: skip
     batch, length, heads, width = q
     return batch * length * heads * 2 * (chunk * (3 * width + 2 * v[-1]) + 4 * width * v[-1])
+
+
+register_flop_formula(torch.ops.penstock.gla_forward)(forward_flops)
+register_flop_formula(torch.ops.penstock.gla_backward)(backward_flops)
 
 
 class _Room:
@@ -360,7 +370,7 @@ class _Part:
             target.add_(source)
         self.read("v", v, a)
         q, k = room.chunks_of(q, a, self.count), room.chunks_of(k, a, self.count)
-        self.gentle = float(self.scale[:, -1].amin()) >= -2 * _GENTLE
+        self.gentle = float(self.scale[:, -1].amin()) >= -2 * GENTLE
         if self.gentle:
             self.scale.sub_(self.scale[:, -1:] * 0.5).exp_()
             torch.mul(self.half, self.half, out=self._decay)
@@ -461,7 +471,7 @@ def _levels(q: Tensor, k: Tensor, total: Tensor) -> Iterator[_Level]:
     size = q.shape[1]
     while True:
         blocks = total.unflatten(1, (-1, size))
-        harmless = size == 1 or float((blocks[:, :, 0] - blocks[:, :, -1]).amax()) <= _GENTLE
+        harmless = size == 1 or float((blocks[:, :, 0] - blocks[:, :, -1]).amax()) <= GENTLE
         half = 0 if harmless else size // 2
         edge = blocks[:, :, :1] if harmless else blocks[:, :, half - 1 : half]
         q_scale = (blocks[:, :, half:] - edge).to(q.dtype).exp_()

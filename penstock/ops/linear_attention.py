@@ -12,16 +12,16 @@ from __future__ import annotations
 import itertools
 import math
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from penstock.ops.chunked_gla import chunked
 from penstock.ops.dispatch import choose
+from penstock.ops.native_gla import can_run_native, keeps_threads_busy, native
 
-Backend = Literal["recurrent", "parallel", "chunk", "fla"]
-_BACKENDS = ("recurrent", "parallel", "chunk", "fla")
+Backend = Literal["recurrent", "parallel", "chunk", "native", "fla"]
 
 
 def gated_linear_attention(
@@ -45,11 +45,12 @@ def gated_linear_attention(
         scale: of the queries, default K^-1/2.
         cu_seqlens: (N + 1,) offsets of N sequences packed one after the other in a batch of one; the state starts
             anew at each.
-        chunk_size: tokens computed together by "chunk", a power of two.
+        chunk_size: tokens computed together by "chunk" and "native", a power of two.
         backend: "recurrent" is the definition, a step a token; "parallel" forms the L x L map; "chunk" computes
-            chunks by matrix products and keeps one state a chunk for the backward pass; "fla" is
-            flash-linear-attention's kernel (CUDA). Default: "fla" on CUDA where installed, "recurrent" for a single
-            token, else "chunk".
+            chunks by matrix products and keeps one state a chunk for the backward pass; "native" does so in C, a
+            thread a head (float32 on the CPU, gentle gates; strong ones go to "chunk"); "fla" is
+            flash-linear-attention's kernel (CUDA). Default: "recurrent" for a single token; "fla" on CUDA where
+            installed; "native" where it can run and there is a head for each thread; else "chunk".
 
     Returns:
         the output (B, L, H, V) and the state after the last token, (B or N, H, K, V) in float32 at least.
@@ -59,11 +60,14 @@ def gated_linear_attention(
     """
     _check(q_BLHK, k_BLHK, v_BLHV, log_gate, initial_state, cu_seqlens, chunk_size)
     scale = q_BLHK.shape[-1] ** -0.5 if scale is None else scale
-    form = choose("gated_linear_attention", backend, _BACKENDS, lambda: _default(q_BLHK))
+    form = choose("gated_linear_attention", backend, get_args(Backend), lambda: _default(q_BLHK))
     bounds = None if cu_seqlens is None else [int(x) for x in cu_seqlens]
     log_gate = log_gate.expand_as(k_BLHK)
-    if form == "chunk":
-        return chunked(q_BLHK, k_BLHK, v_BLHV, log_gate, initial_state, scale, bounds, chunk_size)
+    if form == "native" and not can_run_native(q_BLHK):
+        raise ValueError("the native backend needs float32 on the CPU and a C compiler; leave backend to choose")
+    if form in ("chunk", "native"):
+        attend = chunked if form == "chunk" else native
+        return attend(q_BLHK, k_BLHK, v_BLHV, log_gate, initial_state, scale, bounds, chunk_size)
     if form == "fla":
         return _fla(q_BLHK, k_BLHK, v_BLHV, log_gate, initial_state, scale, cu_seqlens)
     one = _recurrent if form == "recurrent" else _parallel
@@ -138,7 +142,9 @@ def _fla(
 def _default(q: Tensor) -> Backend:
     if q.shape[1] == 1:
         return "recurrent"
-    return "fla" if q.is_cuda and q.dtype != torch.float64 and find_spec("fla") is not None else "chunk"
+    if q.is_cuda and q.dtype != torch.float64 and find_spec("fla") is not None:
+        return "fla"
+    return "native" if can_run_native(q) and keeps_threads_busy(q) else "chunk"
 
 
 def _check(

@@ -36,7 +36,11 @@ def library(name: str) -> ctypes.CDLL | None:
         _log.debug("no C compiler or no BLAS: %s runs in PyTorch", name)
         return None
     source = Path(__file__).with_name(f"{name}.c")
-    made_from = source.read_bytes() + repr((compiler, _FLAGS, platform.processor(), _processor())).encode()
+    made_from = (
+        source.read_bytes()
+        + source.with_name("blas.h").read_bytes()
+        + repr((compiler, _FLAGS, platform.processor(), _processor())).encode()
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "penstock"
     built = folder / f"{name}-{hashlib.sha256(made_from).hexdigest()[:16]}.so"
     try:

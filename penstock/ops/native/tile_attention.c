@@ -5,13 +5,7 @@
    thread each. The backward pass computes the weights again from the saved log-sum-exp. Threads share out blocks
    going forward, and key/value heads going back, so that no two write to the same gradient. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-typedef void (*gemm_t)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
-                       const int *, const float *, const int *, const float *, float *, const int *);
+#include "blas.h"
 
 typedef struct {
     gemm_t gemm;
@@ -30,42 +24,21 @@ typedef struct {
 /* a (rows x inner) times b (columns x inner) transposed */
 static void times_transposed(const Call *c, int rows, int columns, int inner, float alpha, const float *a,
                              const float *b, float *out, int stride) {
-    const float zero = 0;
-    c->gemm("T", "N", &columns, &rows, &inner, &alpha, b, &inner, a, &inner, &zero, out, &stride);
+    product(c->gemm, 0, 1, rows, columns, inner, alpha, a, inner, b, inner, 0, out, stride);
 }
 
 /* out (rows x columns) = beta out + a (rows x inner, row stride given) times b (inner x columns) */
 static void times(const Call *c, int rows, int columns, int inner, const float *a, int stride, const float *b,
                   float beta, float *out) {
-    const float one = 1;
-    c->gemm("N", "N", &columns, &rows, &inner, &one, b, &columns, a, &stride, &beta, out, &columns);
+    product(c->gemm, 0, 0, rows, columns, inner, 1, a, stride, b, columns, beta, out, columns);
 }
 
 /* out (rows x columns) += a (inner x rows, row stride given) transposed times b (inner x columns) */
 static void add_transposed_times(const Call *c, int rows, int columns, int inner, const float *a, int stride,
                                  const float *b, float *out) {
-    const float one = 1;
-    c->gemm("N", "T", &columns, &rows, &inner, &one, b, &columns, a, &stride, &one, out, &columns);
+    product(c->gemm, 1, 0, rows, columns, inner, 1, a, stride, b, columns, 1, out, columns);
 }
 
-/* 2^x for x <= 0 or minus infinity, never quite zero: 2^n times a polynomial in the rest, relative error below 2e-7 */
-static inline float exp2_negative(float x) {
-    x = x > -126.0f ? x : -126.0f;
-    const float n = rintf(x), r = x - n;
-    float p = 1.54035304e-4f;
-    p = fmaf(p, r, 1.33335581e-3f);
-    p = fmaf(p, r, 9.61812911e-3f);
-    p = fmaf(p, r, 5.55041087e-2f);
-    p = fmaf(p, r, 2.40226507e-1f);
-    p = fmaf(p, r, 6.93147181e-1f);
-    p = fmaf(p, r, 1.0f);
-    const int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
-}
-
-#define LOG2E 1.44269504088896341f
 #define ROWS 64 /* queries at once where tiles are partly hidden: those above the diagonal are left out */
 
 /* how many leading tokens of a unit are seen by some of `count` queries from `first` on */
@@ -82,15 +55,24 @@ static int seen(const Call *c, const int64_t *last, int64_t first, int count) {
     return n;
 }
 
+/* how many units from entry `t` on lie one after the other in memory and need no mask: they are taken as one */
+static int64_t run_of(const int64_t *at, int64_t t, int64_t count, int64_t unmasked) {
+    const int64_t end = unmasked < count ? unmasked : count;
+    int64_t n = 1;
+    while (t + n < end && at[t + n] == at[t] + n) n++;
+    return n;
+}
+
 /* Scores of one block against `count` units from `at` on, masked, (rows x count u) with row stride `tokens`. */
 static void scores_of(const Call *c, const float *q, const float *keys, const int64_t *at, int64_t count, int rows,
                       int64_t first, int64_t unmasked, float *scores) {
     const int size = (int)c->size, width = (int)c->width, tokens = (int)(count * size);
-    for (int64_t t = 0; t < count; t++) {
+    for (int64_t t = 0, run; t < count; t += run) {
         const float *unit = keys + at[t] * size * width;
         float *out = scores + t * size;
+        run = run_of(at, t, count, unmasked);
         if (t < unmasked)
-            times_transposed(c, rows, size, width, c->scale, q, unit, out, tokens);
+            times_transposed(c, rows, (int)run * size, width, c->scale, q, unit, out, tokens);
         else {
             const int64_t *last = c->last + at[t] * size;
             for (int a = 0; a < rows; a += ROWS) {
@@ -106,13 +88,8 @@ static void scores_of(const Call *c, const float *q, const float *keys, const in
         }
         if (c->bias)
             for (int i = 0; i < rows; i++)
-                for (int j = 0; j < size; j++) out[(int64_t)i * tokens + j] += c->bias[at[t]];
+                for (int j = 0; j < run * size; j++) out[(int64_t)i * tokens + j] += c->bias[at[t + j / size]];
     }
-}
-
-static void *room(int64_t floats) {
-    void *p = NULL;
-    return posix_memalign(&p, 64, (size_t)floats * sizeof(float)) ? NULL : p;
 }
 
 static int64_t units_a_piece(const Call *c) { return c->size >= PIECE ? 1 : PIECE / c->size; }
@@ -158,20 +135,21 @@ int tile_attention_forward(const Call *c, float *out, float *lse) {
                     const float shift = high * LOG2E;
 #pragma omp simd reduction(+ : total)
                     for (int j = 0; j < tokens; j++) {
-                        s[j] = exp2_negative(fmaf(s[j], LOG2E, -shift));
+                        s[j] = exp2_held(fmaf(s[j], LOG2E, -shift));
                         total += s[j];
                     }
-                    const float fade = exp2_negative(fmaf(top[i], LOG2E, -shift));
+                    const float fade = exp2_held(fmaf(top[i], LOG2E, -shift));
                     if (top[i] != high)
                         for (int d = 0; d < width; d++) o[i * width + d] *= fade;
                     sum[i] = sum[i] * fade + total;
                     top[i] = high;
                 }
-                for (int64_t t = 0; t < count; t++) {
+                for (int64_t t = 0, run; t < count; t += run) {
                     const int64_t unit = c->entries[a + t];
+                    run = run_of(c->entries + a, t, count, unmasked);
                     for (int i = 0; i < rows; i += t < unmasked ? rows : ROWS) {
                         const int number = t < unmasked ? rows : rows - i < ROWS ? rows - i : ROWS;
-                        const int inner = t < unmasked ? (int)c->size : seen(c, c->last + unit * c->size, first + i, number);
+                        const int inner = t < unmasked ? (int)(run * c->size) : seen(c, c->last + unit * c->size, first + i, number);
                         if (inner)
                             times(c, number, (int)width, inner, scores + (int64_t)i * tokens + t * c->size, tokens,
                                   values + unit * c->size * width, 1, o + i * width);
@@ -223,17 +201,19 @@ int tile_attention_backward(const Call *c, const float *out, const float *lse, c
                     const int64_t count = a + step < end ? step : end - a;
                     const int tokens = (int)(count * c->size);
                     scores_of(c, q, c->k + whole, c->entries + a, count, rows, first, end - c->masked[r] - a, weights);
-                    for (int64_t t = 0; t < count; t++)
-                        times_transposed(c, rows, (int)c->size, (int)width, 1, g,
+                    for (int64_t t = 0, run; t < count; t += run) {
+                        run = run_of(c->entries + a, t, count, count);
+                        times_transposed(c, rows, (int)(run * c->size), (int)width, 1, g,
                                          c->v + whole + c->entries[a + t] * c->size * width, d_scores + t * c->size,
                                          tokens);
+                    }
                     for (int i = 0; i < rows; i++) {
                         float *w = weights + (int64_t)i * tokens, *s = d_scores + (int64_t)i * tokens;
                         const float shift = norm[i], mean = inner[i];
 #pragma omp simd
                         for (int j = 0; j < tokens; j++) {
                             const float x = (w[j] - shift) * LOG2E;
-                            w[j] = exp2_negative(x < 0 ? x : 0);
+                            w[j] = exp2_held(x < 0 ? x : 0);
                             s[j] = w[j] * (s[j] - mean) * c->scale;
                         }
                         if (shift == INFINITY) { /* the query sees nothing */
@@ -241,13 +221,14 @@ int tile_attention_backward(const Call *c, const float *out, const float *lse, c
                             memset(s, 0, (size_t)tokens * sizeof(float));
                         }
                     }
-                    for (int64_t t = 0; t < count; t++) {
+                    for (int64_t t = 0, run; t < count; t += run) {
                         const int64_t unit = whole + c->entries[a + t] * c->size * width;
                         const float *w = weights + t * c->size, *s = d_scores + t * c->size;
-                        add_transposed_times(c, (int)c->size, (int)width, rows, w, tokens, g, dv + unit);
-                        add_transposed_times(c, (int)c->size, (int)width, rows, s, tokens, q, dk + unit);
-                        times(c, rows, (int)width, (int)c->size, s, tokens, c->k + unit, a == begin && t == 0 ? 0 : 1,
-                              dq + at);
+                        run = run_of(c->entries + a, t, count, count);
+                        const int inner = (int)(run * c->size);
+                        add_transposed_times(c, inner, (int)width, rows, w, tokens, g, dv + unit);
+                        add_transposed_times(c, inner, (int)width, rows, s, tokens, q, dk + unit);
+                        times(c, rows, (int)width, inner, s, tokens, c->k + unit, a == begin && t == 0 ? 0 : 1, dq + at);
                     }
                 }
             }

@@ -27,9 +27,11 @@ SETTINGS = (
 _BLOCK, _WIDTH = 32, 32
 
 
-def autoregressive(smoothness: float, generator: torch.Generator, *, length: int = 1024) -> tuple[Tensor, ...]:
+def autoregressive(
+    smoothness: float, generator: torch.Generator, *, length: int = 1024, heads: int = 1, width: int = _WIDTH
+) -> tuple[Tensor, ...]:
     """Queries, keys and values, each channel a stationary AR(1) sequence of unit variance and this coefficient."""
-    noise = torch.randn(3, length, 1, 1, _WIDTH, generator=generator)
+    noise = torch.randn(3, length, 1, heads, width, generator=generator)
     x = [noise[:, 0]]
     for t in range(1, length):
         x.append(smoothness * x[-1] + (1 - smoothness**2) ** 0.5 * noise[:, t])
