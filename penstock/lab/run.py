@@ -154,7 +154,7 @@ class Job:
         for seed in range(self.options.seeds):
             for arm in self.arms:
                 cells.append(self._cell(folder, arm, seed))
-        for name, trial in self.system.trials.items() if self.judged else ():
+        for name, trial in self.system.trials_for(self.data.spec).items() if self.judged else ():
             trials[name] = [
                 self._trial(folder, name, seed)
                 for seed in range(1 if self.options.quick else max(trial.seeds, self.options.seeds))
@@ -178,7 +178,7 @@ class Job:
         else:
             task = trained[-1].task
             metrics = test(task, self.options.hardware)
-            task.model.eval()
+            task.eval()
             metrics |= self.system.measure(arm, task, self.config, self.data, seed)
             losses = [row["value"] for row in trained[-1].rows if row["metric"] == "train/loss"]
             metrics["loss_spikes"] = float(loss_spikes(losses))

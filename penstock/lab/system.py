@@ -55,7 +55,7 @@ class System(ABC, Generic[C]):
             ``data``. Its fields become command-line flags; their docstrings become the help.
         task: the task class its arms are trained by, unless `task_for` says otherwise for some data.
         quick: what ``--quick`` changes, by dotted field name: a smaller budget, the same mechanism.
-        trials: side experiments by name.
+        trials: side experiments by name; `trials_for` says which belong to a run.
         presets: the paper's own settings as whole configurations, for ``--preset NAME``.
         threads: CPU threads that serve it best; 0 takes all. A miniature is too small for a second one to help.
         size_field: the whole number in ``Config`` (dotted) that `penstock compare` may change to give its systems the
@@ -74,6 +74,10 @@ class System(ABC, Generic[C]):
     def task_for(self, spec: Mapping[str, Any]) -> type[Task]:
         """The task its arms are trained by on data of this ``spec``."""
         return self.task
+
+    def trials_for(self, spec: Mapping[str, Any]) -> Mapping[str, Trial[Any]]:
+        """The side experiments of a run on data of this ``spec``."""
+        return self.trials
 
     @abstractmethod
     def load_data(self, config: C, source: Source) -> Data:

@@ -232,7 +232,8 @@ def add_loss(name: str, value: Tensor) -> None:
     if _collecting:
         losses = _collecting[-1]
         losses[name] = losses[name] + value if name in losses else value
-    elif value.requires_grad:
+    elif value.requires_grad and torch._C._current_graph_task_id() == -1:
+        # Not in a backward pass, where gradient checkpointing runs a layer whose loss has been collected before.
         warnings.warn(
             f"the auxiliary loss {name!r} is not collected: run the model inside penstock.nn.experts.collect_losses() "
             "and add what it gathers to the loss",

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from penstock.ops.dispatch import choose
 
-#: Up to this many taps the direct form of `long_convolution` is faster than transforms on a CPU.
-_DIRECT_TAPS = 64
+#: Up to this many taps the direct form of `long_convolution` is faster than transforms on a CPU, without and with a
+#: backward pass.
+_DIRECT_TAPS, _DIRECT_TAPS_TRAINED = 64, 16
 
 
 def causal_depthwise_conv(
@@ -76,7 +77,9 @@ def long_convolution(
         raise ValueError(f"filters are {tuple(filters.shape)}; they must be (D, T) with D = {channels}")
     filters = filters[:, :length]
     taps = filters.shape[1]
-    form = choose("long_convolution", backend, ("fft", "direct"), lambda: "direct" if taps <= _DIRECT_TAPS else "fft")
+    trained = torch.is_grad_enabled() and (x_BLD.requires_grad or filters.requires_grad)
+    few = taps <= (_DIRECT_TAPS_TRAINED if trained else _DIRECT_TAPS)
+    form = choose("long_convolution", backend, ("fft", "direct"), lambda: "direct" if few else "fft")
     x_BDL = x_BLD.transpose(1, 2)
     if form == "direct":
         y_BDL = F.conv1d(F.pad(x_BDL, (taps - 1, 0)), filters.flip(-1)[:, None], groups=channels)
