@@ -1,0 +1,1 @@
+"""Zoology: Measuring and Improving Recall in Efficient Language Models (Arora et al. 2023)."""
