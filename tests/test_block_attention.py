@@ -77,6 +77,19 @@ def test_every_backend_is_the_definition(
         assert float((ours - reference).abs().max()) < tolerance * (1 + float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["binary", "pyramid"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_attention_is_the_definition(kind: str, causal: bool) -> None:
+    """Uncompiled and forward only, as it can be tried on a CPU: the masks and the order of levels are what CUDA gets."""
+    q, k, v = tensors(2, 4, 2, 100, 100, 8, torch.float64, 0)
+    chosen = tiles(kind, 2, 4, 7, 7, (16, 16), causal, 1)
+    attend = block_sparse_attention if kind == "binary" else pyramid_attention
+    ours, right = (
+        attend(q, k, v, chosen, block_size=16, causal=causal, backend=backend) for backend in ("flex", "reference")
+    )  # type: ignore[arg-type]
+    torch.testing.assert_close(ours, right)
+
+
 @pytest.mark.parametrize("backend", ["gather", pytest.param("native", marks=needs_native)])
 def test_all_tiles_are_dense_attention(backend: str) -> None:
     q, k, v = tensors(1, 4, 2, 300, 300, 16, torch.float32, 0)

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.ops.dispatch import choose
+from penstock.ops.flex_tiles import flex_tiles
 from penstock.ops.tile_attention import NOWHERE, can_run_native, tile_attention
 
 BlockSize = int | tuple[int, int]
-Backend = Literal["reference", "gather", "native"]
+Backend = Literal["reference", "gather", "native", "flex"]
 #: Resolutions of a tile, 0 being none.
 LEVELS = (0, 1, 2, 4, 8)
 
@@ -46,7 +47,9 @@ def block_sparse_attention(
         block_size: of queries and keys, one number or two.
         causal: a query sees no later key; kept tiles wholly in the future have no effect.
         scale: of the scores, default K^-1/2.
-        backend: default by device.
+        backend: "reference" is the definition, under a dense mask; "native" a kernel in C (float32 on the CPU, needs
+            a C compiler), "gather" the same in PyTorch; "flex" is FlexAttention. Default: "flex" on CUDA for blocks
+            of whole 128s, else "native" where it can run, else "gather".
 
     Returns:
         (B, H, L, K).
@@ -55,9 +58,10 @@ def block_sparse_attention(
         ValueError: if shapes do not fit, or a block of queries keeps no tile.
     """
     check_tiles(q_BHLK, k_BGTK, v_BGTK, block_mask, block_size, causal)
-    form = _form("block_sparse_attention", backend, q_BHLK)
-    if form == "reference":
-        return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, block_mask.long(), block_size, causal, scale)
+    form = _form("block_sparse_attention", backend, q_BHLK, block_size)
+    if form in ("reference", "flex"):
+        attend = reference_pyramid_attention if form == "reference" else _flex
+        return attend(q_BHLK, k_BGTK, v_BGTK, block_mask.long(), block_size, causal, scale)
     return _listed(q_BHLK, k_BGTK, v_BGTK, block_mask.bool(), block_size, causal, scale, native=form == "native")
 
 
@@ -91,9 +95,10 @@ def pyramid_attention(
     Source: PSA (Li et al. 2025), sec. 3.
     """
     check_tiles(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal)
-    form = _form("pyramid_attention", backend, q_BHLK)
-    if form == "reference":
-        return reference_pyramid_attention(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal, scale)
+    form = _form("pyramid_attention", backend, q_BHLK, block_size)
+    if form in ("reference", "flex"):
+        attend = reference_pyramid_attention if form == "reference" else _flex
+        return attend(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal, scale)
     return _listed(q_BHLK, k_BGTK, v_BGTK, levels, block_size, causal, scale, native=form == "native")
 
 
@@ -202,13 +207,36 @@ def reference_pyramid_attention(
     return weights.masked_fill(blind, 0.0) @ v
 
 
-def _form(operation: str, backend: Backend | None, q: Tensor) -> str:
-    form = choose(operation, backend, get_args(Backend), lambda: "native" if can_run_native(q) else "gather")
+def _form(operation: str, backend: Backend | None, q: Tensor, block_size: BlockSize) -> str:
+    form = choose(operation, backend, get_args(Backend), lambda: _default(q, block_size))
     if form == "native" and not can_run_native(q):
         raise ValueError(
             f"{operation}: the native backend needs float32 on the CPU and a C compiler; leave backend to choose"
         )
     return form
+
+
+def _default(q: Tensor, block_size: BlockSize) -> Backend:
+    if q.is_cuda and all(size % 128 == 0 for size in _sizes(block_size)):
+        return "flex"  # smaller tiles than its own it does not skip
+    return "native" if can_run_native(q) else "gather"
+
+
+def _flex(
+    q_BHLK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    levels: Tensor,
+    block_size: BlockSize,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    sizes = _sizes(block_size)
+    present = [level for level in LEVELS[1:] if level == 1 or bool((levels == level).any())]
+    keys, values = ({level: pool_keys(x, sizes[1], level) for level in present} for x in (k_BGTK, v_BGTK))
+    levels = levels.expand(*q_BHLK.shape[:2], -1, -1).contiguous()
+    scale = q_BHLK.shape[-1] ** -0.5 if scale is None else scale
+    return flex_tiles(q_BHLK, keys, values, levels, sizes, k_BGTK.shape[2], causal, scale)
 
 
 def _listed(
