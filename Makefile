@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint check claims docs clean
+.PHONY: demo test lint check claims golden docs clean
 
 demo: .venv/.base
 	$(BIN)/penstock run gated_attention
@@ -23,6 +23,10 @@ check: lint test
 # Every ready system at full budget over three seeds; the verdicts as they come are stored and the docs rebuilt.
 claims: .venv/.test
 	$(BIN)/python -m tools.claims
+
+# How near the authors' own numbers each system comes, with the cases at hand.
+golden: .venv/.test
+	$(BIN)/python -m tools.golden
 
 docs: .venv/.test
 	$(BIN)/python -m tools.docs

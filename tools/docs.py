@@ -24,6 +24,7 @@ def pages() -> dict[Path, str]:
         "demo": _recorded("demo"),
         "test": _recorded("test"),
         "bench": _bench(),
+        "golden": _golden(),
     }.items():
         readme = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.S
@@ -77,6 +78,19 @@ def _bench() -> str:
                 rows.append(
                     f"| {name if place == 0 else ''} | {entry} | {ms:.3f} | {one['ratio'][entry]:.2f} | {f'{share:.0%}' if share else ''} |"
                 )
+    return "\n".join(rows)
+
+
+def _golden() -> str:
+    """Cases by system: how many outputs were compared, and the largest error relative to an output's largest value."""
+    rows = ["| system | cases | outputs compared | largest relative error |", "|---|---|---|---|"]
+    pattern = r"golden (\S+)/(\S+): (\d+) outputs, largest relative error (\S+)"
+    found: dict[str, list[tuple[str, int, str]]] = {}
+    for slug, case, outputs, error in re.findall(pattern, (ROOT / "docs" / "golden.txt").read_text()):
+        found.setdefault(slug, []).append((case, int(outputs), error))
+    for slug, cases in found.items():
+        worst = max(cases, key=lambda case: float(case[2]))
+        rows.append(f"| {slug} | {len(cases)} | {sum(case[1] for case in cases)} | {worst[2]} ({worst[0]}) |")
     return "\n".join(rows)
 
 
