@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -131,6 +135,28 @@ def test_the_pooled_map_is_the_map_pooled(causal: bool) -> None:
     whole = F.pad(attention_probabilities(q, k, causal), (0, 12, 0, 12)).view(2, 4, 7, 16, 7, 16)
     for pool, right in (("max", whole.amax((3, 5))), ("sum", whole.sum((3, 5))), ("mean", whole.mean((3, 5)))):
         torch.testing.assert_close(pooled_attention_map(q, k, block_size=16, causal=causal, pool=pool), right)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton")
+def test_the_triton_kernel_pools_the_map() -> None:
+    """In Triton's interpreter, which has to be asked for before Triton is imported."""
+    script = """
+import torch
+from penstock.ops import pooled_attention_map
+for heads, groups, length, total, width, sizes, causal in (
+    (4, 2, 100, 100, 8, (16, 16), True), (2, 1, 70, 130, 24, (16, 32), False), (1, 1, 50, 50, 8, (12, 20), True)
+):
+    q, k = torch.randn(2, heads, length, width), torch.randn(2, groups, total, width)
+    for pool in ("max", "sum", "mean"):
+        a, b = (pooled_attention_map(q, k, block_size=sizes, pool=pool, causal=causal, backend=b) for b in ("triton", "rows"))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+print("alike")
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "alike\n", done.stderr
 
 
 def test_pooling_repeats_the_last_token() -> None:

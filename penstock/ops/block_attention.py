@@ -11,6 +11,7 @@ N key blocks.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -110,25 +111,36 @@ def pooled_attention_map(
     pool: Literal["max", "mean", "sum"] = "max",
     causal: bool = True,
     scale: float | None = None,
+    backend: Literal["rows", "triton"] | None = None,
 ) -> Tensor:
     """The attention map pooled over tiles, without ever holding the map: what SeerAttention's gates learn.
 
     Args:
         q_BHLK, k_BGTK, block_size, causal, scale: see `block_sparse_attention`.
         pool: over the probabilities of a tile. SeerAttention takes the maximum.
+        backend: "rows" takes one block of queries at a time; "triton" (CUDA) keeps nothing but the result. Default:
+            "triton" on CUDA where installed.
 
     Returns:
-        (B, H, M, N) in float32 at least, not normalised; no gradient. The map itself is formed for one block of
-        queries at a time.
+        (B, H, M, N) in float32 at least, not normalised; no gradient. Of the map itself there is never more than one
+        block of queries.
 
     Raises:
-        ValueError: for an unknown ``pool``.
+        ValueError: for an unknown ``pool`` or backend.
 
     Source: SeerAttention (Gao et al. 2024), sec. 3.2.
     """
     if pool not in ("max", "mean", "sum"):
         raise ValueError(f"pool={pool!r} must be 'max', 'mean' or 'sum'")
     size_q, size_k = _sizes(block_size)
+    form = choose("pooled_attention_map", backend, ("rows", "triton"), lambda: _pooling(q_BHLK))
+    if form == "triton":
+        from penstock.ops.triton_pooled_map import triton_pooled_map
+
+        factor = q_BHLK.shape[-1] ** -0.5 if scale is None else scale
+        sizes, largest = (size_q, size_k), pool == "max"
+        pooled = triton_pooled_map(q_BHLK, k_BGTK, sizes, largest=largest, causal=causal, scale=factor)
+        return pooled / (size_q * size_k) if pool == "mean" else pooled
     (batch, heads, length, width), groups, total = q_BHLK.shape, k_BGTK.shape[1], k_BGTK.shape[2]
     wide = torch.promote_types(q_BHLK.dtype, torch.float32)
     q = q_BHLK.detach() * (width**-0.5 if scale is None else scale)
@@ -149,6 +161,11 @@ def pooled_attention_map(
         part = weights.amax(-1).amax(-2) if pool == "max" else weights.sum((-3, -1))
         pooled[:, :, number, : part.shape[-1]] = part
     return pooled / (size_q * size_k) if pool == "mean" else pooled
+
+
+def _pooling(q: Tensor) -> Literal["rows", "triton"]:
+    there = q.is_cuda and q.dtype != torch.float64 and find_spec("triton") is not None
+    return "triton" if there else "rows"
 
 
 def attention_probabilities(q_BHLK: Tensor, k_BGTK: Tensor, causal: bool, scale: float | None = None) -> Tensor:
