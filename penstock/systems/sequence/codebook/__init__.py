@@ -1,0 +1,1 @@
+"""Codebook Features (Tamkin, Taufeeque and Goodman 2023)."""
