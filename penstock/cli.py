@@ -32,7 +32,7 @@ SUMMARIES = {
     "compare": "one leaderboard of several systems: same data, same budget",
     "predict": "apply a trained arm to data",
     "ablate": "what each gate of a trained arm buys",
-    "export": "write a trained arm as ONNX or torch.export",
+    "export": "write a trained arm as ONNX or torch.export, or for transformers",
     "bench": "our kernels and models beside their peers, as ratios",
     "report": "rebuild a run's report.html",
 }
@@ -310,7 +310,8 @@ def _compare(arguments: list[str]) -> int:
     asks = "-h" in arguments or "--help" in arguments
     if asks and not names:
         print(
-            "usage: penstock compare NAME NAME ... [flags]\n\nThe flags are those of the first system; data and budget are shared by all."
+            "usage: penstock compare NAME NAME ... [flags]\n\nThe flags are those of the first system; data and budget are shared by all. "
+            f"Beside the systems there are plain models: {', '.join(cards.PLAIN_MODELS)}."
         )
         return 0
     if len(names) < 2 and not asks:
@@ -318,7 +319,10 @@ def _compare(arguments: list[str]) -> int:
             "compare at least two systems: penstock compare NAME NAME ... [--data PATH] [the flags of the first]"
         )
     for name in names:
-        cards.card(name)
+        if name not in cards.PLAIN_MODELS:
+            cards.card(name)
+    if names[0] in cards.PLAIN_MODELS:
+        raise UserError(f"{names[0]} is a plain model: name a system first, whose flags hold for all")
     options, config = _typed(f"compare {' '.join(names)}", names[0], arguments)
     from penstock.lab.compare import compare
     from penstock.lab.show import show_leaderboard
@@ -373,10 +377,10 @@ def _ablate(arguments: list[str]) -> int:
 def _export(arguments: list[str]) -> int:
     parser = _parser("export")
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
+    parser.add_argument("--format", choices=("onnx", "pt2", "hf"), default="onnx", help="hf: a folder for transformers")
     parser.add_argument("--arm", help="which arm (default the gated one)")
     parser.add_argument("--seed", type=int, default=0, help="of which training")
-    parser.add_argument("--output", type=Path, help="the file (default in the run folder)")
+    parser.add_argument("--output", "--out", type=Path, help="the file or folder (default in the run folder)")
     asked = parser.parse_args(arguments)
     from penstock.interop.export import export
 

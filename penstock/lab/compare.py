@@ -13,7 +13,7 @@ from torch import nn
 
 from penstock.data.base import Data
 from penstock.errors import UserError
-from penstock.lab.cards import card
+from penstock.lab.cards import PLAIN_MODELS, card
 from penstock.lab.config import override, untouched
 from penstock.lab.progress import Reporter
 from penstock.lab.run import Job, Options, command, environment
@@ -22,8 +22,10 @@ from penstock.lab.system import System, system
 
 #: The parts of `Training` that make up the budget; the rest (learning rate, schedule ...) stays each system's own.
 _BUDGET = ("steps", "epochs", "batch_size")
+#: The settings of the data, which hold for all.
+_DATA = ("data", "table")
 #: What the others take over from the first, where they can be built with it and still have its size.
-_SHAPE = ("width", "depth")
+_SHAPE = ("width", "depth", "dim", "mlp_dims")
 #: Numbers of parameters this near to each other count as the same.
 _TOLERANCE = 0.03
 
@@ -35,7 +37,7 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
     they can.
 
     Args:
-        names: of systems that share a task.
+        names: of systems that share a task, and of plain models of that task (`PLAIN_MODELS`).
         config: the configuration of the first; its data settings and budget hold for all.
         options: data, seeds, folder.
 
@@ -99,7 +101,9 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
 
 def _shared_task(names: list[str]) -> str:
     """The first system's task or another of its, if all the others have it too."""
-    tasks = {name: (card(name).task, *card(name).also) for name in names}
+    tasks = {
+        name: (PLAIN_MODELS[name],) if name in PLAIN_MODELS else (card(name).task, *card(name).also) for name in names
+    }
     for task in tasks[names[0]]:
         if all(task in own for own in tasks.values()):
             return task
@@ -115,25 +119,33 @@ def _jobs(systems: list[System[Any]], config: Any, options: Options, reporter: R
     size = 0
     for number, one in enumerate(systems):
         own = config if number == 0 else one.Config()
-        own = dataclasses.replace(own, data=config.data)
+        own = dataclasses.replace(
+            own, **{k: getattr(config, k) for k in _DATA if hasattr(config, k) and hasattr(own, k)}
+        )
         own = override(own, {f"train.{name}": getattr(config.train, name) for name in _BUDGET})
         if data is not None:
-            spec = data.spec
             shape = {name: getattr(config, name) for name in _SHAPE if hasattr(config, name) and hasattr(own, name)}
-            sizes = [resized(one, c, spec, size) for c in (override(own, shape), own)]
-            off = [max(abs(_parameters(one, c, spec) / size - 1), _TOLERANCE) for c in sizes]
-            own = sizes[off.index(min(off))]
+            own = _sized(one, override(own, shape), own, data.spec, size)
         arms = ("gated", "ungated") if number == 0 else ("gated",)
         job = Job.prepare(one, own, dataclasses.replace(options, arms=arms), reporter, data=data, judged=False)
         data, jobs[one.name] = job.data, job
         count = _parameters(one, own, data.spec)
         size = size or count
-        if abs(count / size - 1) > _TOLERANCE:
+        if systems[0].size_field and abs(count / size - 1) > _TOLERANCE:
             reporter.say(
                 f"{one.name} has {count:,} parameters, {systems[0].name} {size:,}: their sizes are not matched"
                 + ("" if one.size_field else f" ({one.name} has no setting for it)")
             )
     return jobs
+
+
+def _sized(one: System[Any], alike: Any, own: Any, spec: Mapping[str, Any], parameters: int) -> Any:
+    """The configuration ``alike``, or ``own`` if that comes nearer to so many parameters, either resized."""
+    if not one.size_field:
+        return alike
+    choices = [resized(one, config, spec, parameters) for config in (alike, own)]
+    off = [max(abs(_parameters(one, config, spec) / parameters - 1), _TOLERANCE) for config in choices]
+    return choices[off.index(min(off))]
 
 
 def resized(one: System[Any], config: Any, spec: Mapping[str, Any], parameters: int) -> Any:

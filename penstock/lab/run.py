@@ -276,7 +276,7 @@ class Job:
                 arms[arm] = {"metrics": {}, "cost": {}, "gates": []}
             if failed:
                 arms[arm]["failed"] = failed
-        says = {claim.id: claim.says for claim in card(self.system.name).claims}
+        says = {claim.id: claim.says for claim in card(self.system.name).claims} if self.judged else {}
         measured = self.system.claims(self.config, results) if self.judged else {}
         judgements = [Judgement(k, says[k], e if isinstance(e, list) else [e]) for k, e in measured.items()]
         return {

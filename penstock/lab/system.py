@@ -123,7 +123,7 @@ class Registry:
     loaded: dict[str, System[Any]] = field(default_factory=dict)
 
     def __call__(self, name: str) -> System[Any]:
-        """The system called ``name``.
+        """The system, or plain model, called ``name``.
 
         Raises:
             UserError: if there is none, or it is not built yet.
@@ -131,8 +131,12 @@ class Registry:
         from importlib import import_module
 
         from penstock.errors import UserError
-        from penstock.lab.cards import card
+        from penstock.lab.cards import PLAIN_MODELS, card
 
+        if name in PLAIN_MODELS:
+            from penstock.lab.plain import PLAIN
+
+            return PLAIN[name]
         found = card(name)
         if not found.ready:
             raise UserError(f"{name} has a card but is not built yet; `penstock list` shows what is ready")
