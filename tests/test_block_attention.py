@@ -112,6 +112,19 @@ def test_huge_scores_stay_finite() -> None:
         assert float((ours - reference).abs().max()) < 1e-3 * (1 + float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["binary", "pyramid"])
+@pytest.mark.parametrize("backend", ["gather", pytest.param("native", marks=needs_native)])
+def test_half_precision_is_rounded_and_no_more(kind: str, backend: str) -> None:
+    given = [x.bfloat16() for x in tensors(1, 2, 2, 200, 200, 16, torch.float64, 0)]
+    chosen = tiles(kind, 1, 2, 13, 13, (16, 16), True, 0)
+    options = {"block_size": 16, "causal": True}
+    right = with_gradients(kind, [x.double() for x in given], chosen, backend="reference", **options)
+    found = with_gradients(kind, given, chosen, backend=backend, **options)
+    for ours, reference in zip(found, right, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert float((ours.double() - reference).abs().max()) < 0.02 * float(reference.abs().max())
+
+
 def test_averages_are_exact_where_keys_are_alike() -> None:
     q, _, _ = tensors(1, 2, 2, 64, 64, 8, torch.float64, 0)
     k, v = (x.repeat_interleave(8, 2) for x in tensors(1, 2, 2, 64, 8, 8, torch.float64, 1)[1:])
@@ -185,7 +198,7 @@ def test_what_ran_can_be_seen() -> None:
     q, k, v = tensors(1, 1, 1, 16, 16, 4, torch.float64, 0)
     block_sparse_attention(q, k, v, torch.ones(1, 1, dtype=torch.bool), block_size=16)
     assert last_backend["block_sparse_attention"] == "gather"
-    with pytest.raises(ValueError, match="native backend needs float32"):
+    with pytest.raises(ValueError, match="native backend needs float32 or less"):
         block_sparse_attention(q, k, v, torch.ones(1, 1, dtype=torch.bool), block_size=16, backend="native")
 
 

@@ -92,10 +92,11 @@ def test_the_kernel_in_c_is_the_recurrence(
     check(given, "native", chunk_size=chunk)
 
 
+@pytest.mark.parametrize("backend", ["chunk", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strength", [0.05, 1.0, 50.0])
-def test_lower_precisions_stay_near_and_finite(dtype: torch.dtype, strength: float) -> None:
-    check(inputs(1, 300, 2, 16, 16, strength, dtype=dtype), "chunk")
+def test_lower_precisions_stay_near_and_finite(backend: Backend, dtype: torch.dtype, strength: float) -> None:
+    check(inputs(1, 300, 2, 16, 16, strength, dtype=dtype), backend)
 
 
 @pytest.mark.parametrize("backend", ["chunk", pytest.param("native", marks=needs_native)])
@@ -152,8 +153,8 @@ def test_a_sample_does_not_depend_on_how_others_decay() -> None:
 def test_the_default_is_chosen_by_length_and_can_be_seen() -> None:
     q, k, v, gate, state = inputs(1, 5, 1, 4, 4, 1.0)
     gated_linear_attention(q, k, v, gate)
-    assert last_backend["gated_linear_attention"] == "chunk"
-    with pytest.raises(ValueError, match="native backend needs float32"):
+    assert last_backend["gated_linear_attention"] == "chunk", "float64"
+    with pytest.raises(ValueError, match="native backend needs float32 or less"):
         gated_linear_attention(q, k, v, gate, backend="native")
     gated_linear_attention(q[:, :1], k[:, :1], v[:, :1], gate[:, :1], state)
     assert last_backend["gated_linear_attention"] == "recurrent"

@@ -228,7 +228,7 @@ def _form(operation: str, backend: Backend | None, q: Tensor, block_size: BlockS
     form = choose(operation, backend, get_args(Backend), lambda: _default(q, block_size))
     if form == "native" and not can_run_native(q):
         raise ValueError(
-            f"{operation}: the native backend needs float32 on the CPU and a C compiler; leave backend to choose"
+            f"{operation}: the native backend needs float32 or less on the CPU and a C compiler; leave backend to choose"
         )
     return form
 
@@ -267,7 +267,13 @@ def _listed(
     *,
     native: bool,
 ) -> Tensor:
-    """By lists of units: a tile at level l is its keys averaged, a run of block / l tokens."""
+    """By lists of units: a tile at level l is its keys averaged, a run of block / l tokens.
+
+    Half precision is computed in float32: a softmax over many keys needs it, and no kernel here is faster below.
+    """
+    if q_BHLK.dtype in (torch.bfloat16, torch.float16):
+        q, k, v = q_BHLK.float(), k_BGTK.float(), v_BGTK.float()
+        return _listed(q, k, v, levels, block_size, causal, scale, native=native).to(q_BHLK.dtype)
     size_q, size_k = _sizes(block_size)
     batch, heads, _, width = q_BHLK.shape
     total = k_BGTK.shape[2]

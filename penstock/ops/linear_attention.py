@@ -48,7 +48,7 @@ def gated_linear_attention(
         chunk_size: tokens computed together by "chunk" and "native", a power of two.
         backend: "recurrent" is the definition, a step a token; "parallel" forms the L x L map; "chunk" computes
             chunks by matrix products and keeps one state a chunk for the backward pass; "native" does so in C, a
-            thread a head (float32 on the CPU, gentle gates; strong ones go to "chunk"); "fla" is
+            thread a head (on the CPU, float32 or less, gentle gates; strong ones go to "chunk"); "fla" is
             flash-linear-attention's kernel (CUDA). Default: "recurrent" for a single token; "fla" on CUDA where
             installed; "native" where it can run and there is a head for each thread; else "chunk".
 
@@ -64,7 +64,9 @@ def gated_linear_attention(
     bounds = None if cu_seqlens is None else [int(x) for x in cu_seqlens]
     log_gate = log_gate.expand_as(k_BLHK)
     if form == "native" and not can_run_native(q_BLHK):
-        raise ValueError("the native backend needs float32 on the CPU and a C compiler; leave backend to choose")
+        raise ValueError(
+            "the native backend needs float32 or less on the CPU and a C compiler; leave backend to choose"
+        )
     if form in ("chunk", "native"):
         attend = chunked if form == "chunk" else native
         return attend(q_BLHK, k_BLHK, v_BLHV, log_gate, initial_state, scale, bounds, chunk_size)

@@ -39,17 +39,19 @@ def native(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """See `gated_linear_attention`; ``bounds`` are the offsets of packed sequences."""
+    dtype = v.dtype
+    q, k, v, log_gate = (x.float() for x in (q, k, v, log_gate))
     given = (q, k, v, log_gate, *(() if initial_state is None else (initial_state,)))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     output, final, _ = native_forward(
         q, k, v, log_gate, initial_state, scale, chunk_for(q, chunk_size), bounds or [], keep
     )
-    return output, final
+    return output.to(dtype), final
 
 
 def can_run_native(q: Tensor) -> bool:
-    """Whether the kernel is there for tensors like this one (float32 on the CPU)."""
-    return q.device.type == "cpu" and q.dtype == torch.float32 and _is_there()
+    """Whether the kernel is there for tensors like this one: on the CPU, float32 or (computed so) below."""
+    return q.device.type == "cpu" and q.dtype != torch.float64 and _is_there()
 
 
 def keeps_threads_busy(q: Tensor) -> bool:

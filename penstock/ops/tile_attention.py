@@ -169,8 +169,8 @@ def _backward_flops(
 
 
 def can_run_native(q: Tensor) -> bool:
-    """Whether the kernel in C is there for tensors like this one: float32 on the CPU."""
-    return q.device.type == "cpu" and q.dtype == torch.float32 and _native_is_there()
+    """Whether the kernel in C is there for tensors like this one: on the CPU, float32 or (computed so) below."""
+    return q.device.type == "cpu" and q.dtype != torch.float64 and _native_is_there()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
