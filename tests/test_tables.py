@@ -579,3 +579,41 @@ def test_fields_are_laid_out_in_the_order_of_the_batch() -> None:
     ]
     schema = Schema.lay_out(fields, [])
     assert [(f.name, f.offset, f.size) for f in schema.fields] == [("c", 0, 4), ("x", 4, 1), ("s", 5, 3)]
+
+
+def _criteo(rows: int, *, labelled: bool = True, seed: int = 0) -> str:
+    draw = np.random.default_rng(seed)
+    lines = []
+    for row in range(rows):
+        counts = [str(draw.integers(0, 50)) if draw.random() > 0.2 else "" for _ in range(13)]
+        hashed = [f"{draw.integers(4):08x}" if draw.random() > 0.2 else "" for _ in range(26)]
+        lines.append("\t".join([str(row % 2)] * labelled + counts + hashed))
+    return "\n".join(lines) + "\n"
+
+
+def test_criteo_logs_need_no_header(tmp_path: Path) -> None:
+    path, new = tmp_path / "train.txt", tmp_path / "test.txt"
+    path.write_text(_criteo(300))
+    new.write_text(_criteo(7, labelled=False, seed=1))
+    data = read_table(TableConfig(), Source(path, None, None))
+    assert data.spec["labels"] == ["label"]
+    assert data.spec["fields"] == [f"I{n}" for n in range(1, 14)] + [f"C{n}" for n in range(1, 27)]
+    assert {f.name: f.kind for f in data.schema.fields}["C1"] == "categorical", "though its hashes look like numbers"
+    assert sum(len(rows.label) for rows in data.splits.values()) == 300, "the first line is a row"
+    assert any("Criteo's layout" in note for note in data.notes)
+    assert [len(batch.ids) for batch in read_rows(data.spec, new, 5)] == [5, 2]
+
+
+def test_a_broken_criteo_row_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    lines = _criteo(300).splitlines()
+    lines[4] = "1\t2\t3"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"row 5: 3 values where Criteo's layout has 40 columns"):
+        read_table(TableConfig(), Source(path, None, None))
+
+
+def test_a_header_that_is_no_criteo_row_stays_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "train.tsv"
+    path.write_text("\t".join(["label", *(f"c{n}" for n in range(39))]) + "\n" + _criteo(300))
+    assert read_table(TableConfig(), Source(path, None, None)).spec["fields"][0] == "c0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,11 @@ _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".data", "")
 _WANTED = "give a .csv, .tsv or .parquet file, or a directory of Parquet parts"
 _BLOCK_BYTES = 1 << 21  # Arrow reads up to 32 of these ahead
 _BLOCK_ROWS = 1 << 16
+
+
+#: Criteo's click logs have no header: the label, 13 counts, 26 hashed categories; rows to be scored lack the label.
+CRITEO = ("label", *(f"I{n}" for n in range(1, 14)), *(f"C{n}" for n in range(1, 27)))
+_CRITEO_CELLS = (r"[01]", *[r"(-?\d+)?"] * 13, *[r"([0-9a-f]{8})?"] * 26)
 
 
 class Chunk(NamedTuple):
@@ -78,7 +84,9 @@ class RawTable:
         path: a ``.csv`` or ``.tsv`` file (also with ``.gz``), a ``.parquet`` file, or a directory of Parquet parts.
 
     Attributes:
-        columns: the names in the header; a column without a name (a saved index) has "" and is not read.
+        columns: the names in the header; a column without a name (a saved index) has "" and is not read. A text file
+            in Criteo's layout without a header gets Criteo's names.
+        has_header: whether the first line names the columns.
 
     Raises:
         UserError: if it is missing, empty or not what its name says, or two columns have one name.
@@ -96,6 +104,7 @@ class RawTable:
         if not self.is_parquet and suffix not in _TEXT_SUFFIXES:
             raise UserError(f"{path}: a {suffix} file is no table; {_WANTED}")
         self.delimiter = "\t" if suffix in (".tsv", ".tab") else ","
+        self.has_header = True
         self.columns = self._parquet_columns() if self.is_parquet else self._header()
         named = [name for name in self.columns if name]
         if doubled := sorted({name for name in named if named.count(name) > 1}):
@@ -142,7 +151,12 @@ class RawTable:
             raise UserError(f"{self.path}: the file is empty; its first line must name the columns")
         if self.delimiter == ",":
             self.delimiter = max(",\t;", key=line.count)
-        return [name.strip() for name in next(csv.reader([line], delimiter=self.delimiter))]
+        cells = [name.strip() for name in next(csv.reader([line], delimiter=self.delimiter))]
+        for left_out in (0, 1):
+            if len(cells) == len(CRITEO) - left_out and all(map(re.fullmatch, _CRITEO_CELLS[left_out:], cells)):
+                self.has_header = False
+                return list(CRITEO[left_out:])
+        return cells
 
     def _open(self) -> Any:
         return gzip.open(self.path, "rb") if self.path.suffix == ".gz" else self.path.open("rb")
@@ -189,7 +203,9 @@ class RawTable:
             # All columns as text: types guessed from the first block would fail on a later one.
             for batch in pyarrow.csv.open_csv(
                 self.path,
-                pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=names, skip_rows=1),
+                pyarrow.csv.ReadOptions(
+                    use_threads=False, block_size=_BLOCK_BYTES, column_names=names, skip_rows=int(self.has_header)
+                ),
                 pyarrow.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=note),
                 pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
             ):
@@ -207,11 +223,14 @@ class RawTable:
             if bad.actual_columns < bad.expected_columns:
                 hint = "is the file cut off, or a quote left open?"
             values = f"{bad.actual_columns} value{'s' * (bad.actual_columns != 1)}"
-            return f", row {bad.number - 1}: {values} where the header names {bad.expected_columns} columns; {hint}"
+            wanted = "the header names" if self.has_header else "Criteo's layout has"
+            return (
+                f", row {bad.number - self.has_header}: {values} where {wanted} {bad.expected_columns} columns; {hint}"
+            )
         if "UTF8" not in str(error):
             return f": cannot be read as a table ({_first_line(error)})"
         with self._open() as file:
-            row = next(number for number, line in enumerate(file) if not _is_utf8(line))
+            row = next(number for number, line in enumerate(file, not self.has_header) if not _is_utf8(line))
         return f", row {row}: not UTF-8; save the file as UTF-8"
 
 

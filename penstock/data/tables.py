@@ -384,6 +384,8 @@ def _plan(
     """The fields to fit, and notes on what was left out."""
     plans = []
     notes = ["a column without a name was left out"] if "" in raw.columns else []
+    if not raw.has_header:
+        notes.append("there is no header: read in Criteo's layout, a label, the counts I1 to I13 and C1 to C26")
     for name, seen in scan.columns.items():
         settings = overrides.get(name, {})
         if name in other or settings.get("kind") == "drop":
@@ -391,7 +393,8 @@ def _plan(
         if not seen.present:
             notes.append(f"{name} has no value in any row and was left out")
             continue
-        kind: Kind = settings.get("kind") or _infer(name, seen)
+        known: Kind = "numeric" if name.startswith("I") else "categorical"
+        kind: Kind = settings.get("kind") or (_infer(name, seen) if raw.has_header else known)
         usual = max(_SEPARATORS, key=lambda s: seen.separated[s])
         plans.append(
             Field(
