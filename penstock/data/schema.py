@@ -36,21 +36,24 @@ class TableBatch(NamedTuple):
         numeric: (B, N) standardised numbers, float32, missing ones 0; N may be 0.
         sequences: (B, S, L) global ids, int64, padded at the end with the field's first id; S may be 0.
         label: (B,) or, with several labels, (B, T), float32.
+        group: (B, 1) int64, a number for the user or session a row belongs to; (B, 0) if the table has none.
     """
 
     ids: Tensor
     numeric: Tensor
     sequences: Tensor
     label: Tensor
+    group: Tensor = torch.empty(0, 0, dtype=torch.int64)
 
 
 class Rows(NamedTuple):
-    """Encoded rows as arrays; as `TableBatch` has them, but ids in int32 and labels always (rows, T)."""
+    """Encoded rows as arrays; as `TableBatch` has them, but ids in int32, labels always (rows, T), groups optional."""
 
     ids: NDArray[np.int32]
     numeric: NDArray[np.float32]
     sequences: NDArray[np.int32]
     label: NDArray[np.float32]
+    group: NDArray[np.int64] | None = None
 
     def batch(self, index: NDArray[np.int64] | slice = slice(None)) -> TableBatch:
         """The rows at ``index`` as tensors of their own."""
@@ -60,7 +63,15 @@ class Rows(NamedTuple):
             torch.from_numpy(np.array(self.numeric[index])),
             torch.from_numpy(self.sequences[index].astype(np.int64)),
             torch.from_numpy(np.array(label[:, 0] if label.shape[1] == 1 else label)),
+            torch.empty(len(label), 0, dtype=torch.int64)
+            if self.group is None
+            else torch.from_numpy(np.array(self.group[index])),
         )
+
+    def where(self, chosen: NDArray[np.bool_]) -> Rows:
+        """Some of the rows."""
+        group = None if self.group is None else self.group[chosen]
+        return Rows(self.ids[chosen], self.numeric[chosen], self.sequences[chosen], self.label[chosen], group)
 
 
 @dataclass(frozen=True)
@@ -126,19 +137,20 @@ class Label:
 
 @dataclass(frozen=True)
 class Schema:
-    """The fields of a table in the order of the batch (ids, numeric, sequences), and its labels."""
+    """The fields of a table in the order of the batch (ids, numeric, sequences), its labels, and the column of groups."""
 
     fields: tuple[Field, ...]
     labels: tuple[Label, ...]
+    group: str = ""
 
     @classmethod
-    def lay_out(cls, fields: Iterable[Field], labels: Iterable[Label]) -> Schema:
+    def lay_out(cls, fields: Iterable[Field], labels: Iterable[Label], group: str = "") -> Schema:
         """The schema of fields whose offsets are still to be set."""
         order: tuple[Part, ...] = ("ids", "numeric", "sequences")
         placed: list[Field] = []
         for one in sorted(fields, key=lambda f: order.index(f.part)):
             placed.append(replace(one, offset=placed[-1].offset + placed[-1].size if placed else 0))
-        return cls(tuple(placed), tuple(labels))
+        return cls(tuple(placed), tuple(labels), group)
 
     @property
     def num_ids(self) -> int:
@@ -157,7 +169,16 @@ class Schema:
     def shapes(self, rows: int) -> tuple[tuple[int, ...], ...]:
         """The shapes of `Rows`."""
         ids, numbers, sequences = (len(self.of(part)) for part in ("ids", "numeric", "sequences"))
-        return (rows, ids), (rows, numbers), (rows, sequences, self.longest), (rows, len(self.labels))
+        return (
+            (rows, ids),
+            (rows, numbers),
+            (rows, sequences, self.longest),
+            (rows, len(self.labels)),
+            (
+                rows,
+                int(self.group != ""),
+            ),
+        )
 
     def locate(self, global_id: int) -> tuple[str, str]:
         """The field and the value behind a global id.
@@ -188,7 +209,7 @@ class Schema:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` gives the schema back."""
         plain = asdict(self)
-        return {part: [_listed(one) for one in plain[part]] for part in ("fields", "labels")}
+        return {part: [_listed(one) for one in plain[part]] for part in ("fields", "labels")} | {"group": self.group}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Schema:
@@ -196,6 +217,7 @@ class Schema:
         return cls(
             tuple(Field(**_tupled(one)) for one in plain["fields"]),
             tuple(Label(**_tupled(one)) for one in plain["labels"]),
+            plain.get("group", ""),
         )
 
     def encode(self, chunk: Chunk, *, with_labels: bool = True) -> Rows:
@@ -210,6 +232,7 @@ class Schema:
             np.empty(shapes[1], np.float32),
             np.empty(shapes[2], np.int32),
             np.full(shapes[3], np.nan, np.float32),
+            np.zeros(shapes[4], np.int64),
         )
         for place, one in enumerate(self.of("ids")):
             rows.ids[:, place] = one.offset + _local_ids(one, chunk)
@@ -219,6 +242,10 @@ class Schema:
             rows.sequences[:, place] = one.offset + _padded_ids(one, chunk, self.longest)
         for place, label in enumerate(self.labels if with_labels else ()):
             rows.label[:, place] = _encode_label(label, chunk)
+        if self.group and with_labels:
+            assert rows.group is not None
+            # A hash stands for the group: only whether two rows share it counts.
+            rows.group[:, 0] = chunk.text(self.group).hash(0).to_numpy().view(np.int64)
         return rows
 
 

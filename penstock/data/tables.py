@@ -53,6 +53,8 @@ class TableConfig:
     """Share of rows held out for the test, where there is neither a test file nor a split column."""
     split_column: str = ""
     """A column whose values are train, validation and test."""
+    group_column: str = ""
+    """A column (user, session) within whose values AUC is measured too; it remains a feature unless dropped."""
     seed: int = 0
     """Of the random split."""
     numeric: Numeric = "bucket"
@@ -85,7 +87,7 @@ class TableData(Data):
 
     Attributes:
         spec: ``schema`` (plain); ``fields`` (names), ``field_sizes`` and ``offsets`` in the order of the batch;
-            ``num_ids``; ``num_id_fields`` F, ``num_numeric`` N and ``num_sequences`` S; ``labels`` (names).
+            ``num_ids``; ``group`` (the column of groups); ``num_id_fields`` F, ``num_numeric`` N and ``num_sequences`` S; ``labels`` (names).
     """
 
     def __init__(self, schema: Schema, splits: Mapping[Split, Rows], source: str, notes: Sequence[str] = ()) -> None:
@@ -100,6 +102,7 @@ class TableData(Data):
             "num_numeric": len(schema.of("numeric")),
             "num_sequences": len(schema.of("sequences")),
             "labels": [label.name for label in schema.labels],
+            "group": schema.group,
         }
 
     def train(self, batch_size: int, seed: int) -> Batches:
@@ -158,9 +161,13 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
             )
     elif held_out is None and config.test_ratio == 0:
         raise UserError("test_ratio=0 leaves nothing to test on; give a larger one, a test file or a split column")
+    if config.group_column and config.group_column not in raw.columns:
+        raise UserError(
+            f"{raw.path}: no column {config.group_column!r} to group by; {did_you_mean(config.group_column, raw.columns)}"
+        )
     overrides = _read_overrides(config, raw)
     if held_out is not None:
-        held_out.must_have(targets)
+        held_out.must_have([*targets, *filter(None, [config.group_column])])
 
     scan = _scan(raw, config, held_out is not None)
     label_fields = [_label(raw, name, scan.columns[name], labels) for name in targets]
@@ -170,7 +177,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         if not (rows := held_out.count_rows()):
             raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
         scan.rows["test"] = rows
-    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None), label_fields)
+    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None), label_fields, config.group_column)
     notes += [f"{x.name}: {x.classes[0]!r} became 0 and {x.classes[1]!r} became 1" for x in label_fields if x.classes]
 
     size = sum(4 * math.prod(shape) for rows in scan.rows.values() for shape in schema.shapes(rows))
@@ -183,7 +190,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         for chunk, codes in _split_chunks(raw, config, held_out is not None):
             encoded = schema.encode(chunk)
             for code in np.unique(codes):
-                stores[SPLITS[code]].append(Rows(*(part[codes == code] for part in encoded)))
+                stores[SPLITS[code]].append(encoded.where(codes == code))
         if held_out is not None:
             for chunk in held_out.chunks():
                 stores["test"].append(schema.encode(chunk))
@@ -544,7 +551,7 @@ class _Store:
     """Collects the encoded rows of a split, in memory or in files under ``folder``."""
 
     def __init__(self, schema: Schema, rows: int, folder: Path | None) -> None:
-        dtypes = (np.int32, np.float32, np.int32, np.float32)
+        dtypes = (np.int32, np.float32, np.int32, np.float32, np.int64)
         self.layout = list(zip(schema.shapes(rows), dtypes, strict=True))
         self.filled = 0
         self.arrays = [] if folder else [np.empty(shape, dtype) for shape, dtype in self.layout]
@@ -553,9 +560,10 @@ class _Store:
             folder.mkdir()
 
     def append(self, rows: Rows) -> None:
-        for array, part in zip(self.arrays, rows, strict=False):
+        parts = [part for part in rows if part is not None]
+        for array, part in zip(self.arrays, parts, strict=False):
             array[self.filled : self.filled + len(part)] = part
-        for path, part in zip(self.paths, rows, strict=False):
+        for path, part in zip(self.paths, parts, strict=False):
             with path.open("ab") as file:
                 file.write(np.ascontiguousarray(part).tobytes())
         self.filled += len(rows.label)

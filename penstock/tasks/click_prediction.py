@@ -14,12 +14,13 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC
 
 from penstock.data.schema import TableBatch
 from penstock.data.tables import read_rows
 from penstock.tasks.base import Task
+from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC
 from penstock.tasks.search import RetrainStage, SearchStage
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 class ClickPrediction(Task):
     """Binary cross-entropy on a model's logits, (ids (B, F), numeric (B, N), sequences (B, S, L)) -> (B,).
 
-    Metrics: ``auc``, the exact area under the ROC curve, and ``log_loss`` in nats.
+    Metrics: ``auc``, the exact area under the ROC curve, with ``auc_error``, its standard error over the choice of rows;
+    ``log_loss`` in nats; ``calibration``, mean predicted over mean observed; and for a table with a column of groups
+    ``group_auc``, the mean AUC within groups.
     """
 
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("auc", "max")
@@ -40,10 +43,19 @@ class ClickPrediction(Task):
         return F.binary_cross_entropy_with_logits(logits_B, batch.label.to(logits_B.dtype)), logits_B
 
     def new_metrics(self) -> MetricCollection:
-        return MetricCollection({"auc": BinaryAUROC(thresholds=None)})
+        found: dict[str, Metric | MetricCollection] = {"auc": BinaryAUROC(thresholds=None), "auc_error": AUCError()}
+        found["calibration"] = Calibration()
+        if self.data.spec.get("group"):
+            found["group_auc"] = GroupAUC()
+        return MetricCollection(found, compute_groups=False)
 
     def update(self, metrics: MetricCollection, outputs: Tensor, batch: TableBatch) -> None:
-        metrics.update(outputs.detach().sigmoid(), batch.label.long())
+        probabilities, label = outputs.detach().sigmoid(), batch.label.long()
+        for name, metric in metrics.items():
+            if name == "group_auc":
+                metric.update(probabilities, label, batch.group[:, 0])
+            else:
+                metric.update(probabilities, label)
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:
         return {"log_loss": metrics["loss"]}
