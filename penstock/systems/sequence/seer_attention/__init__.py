@@ -1,0 +1,1 @@
+"""SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs (Gao et al. 2024)."""
