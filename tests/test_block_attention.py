@@ -194,6 +194,20 @@ def test_it_compiles() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("kind", ["binary", "pyramid"])
+def test_exported_programs_hold_no_operator_of_ours(kind: str) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, chosen: Tensor) -> Tensor:
+            attend = block_sparse_attention if kind == "binary" else pyramid_attention
+            return attend(q, q, q, chosen, block_size=16, causal=True)
+
+    q = tensors(2, 2, 2, 64, 64, 8, torch.float32, 0)[0]
+    chosen, other = (tiles(kind, 2, 2, 4, 4, (16, 16), True, seed) for seed in (0, 1))
+    program = torch.export.export(Attention(), (q, chosen), strict=False)
+    assert not any("penstock" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(q, other), Attention()(q, other))
+
+
 def test_what_ran_can_be_seen() -> None:
     q, k, v = tensors(1, 1, 1, 16, 16, 4, torch.float64, 0)
     block_sparse_attention(q, k, v, torch.ones(1, 1, dtype=torch.bool), block_size=16)

@@ -172,6 +172,19 @@ def test_it_compiles_and_its_products_are_counted() -> None:
     assert counter.get_total_flops() == 128 * 2 * 2 * (64 * 16 + 2 * 64)
 
 
+def test_exported_programs_hold_no_operator_of_ours() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+            return gated_linear_attention(q, k, v, gate)[0]
+
+    *given, _ = inputs(3, 70, 2, 4, 4, 90.0, dtype=torch.float32)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(Attention(), tuple(given), dynamic_shapes=[batch] * 4, strict=False)
+    assert not any("penstock" in str(node.target) for node in program.graph.nodes)
+    *others, _ = inputs(5, 70, 2, 4, 4, 90.0, dtype=torch.float32, seed=1)
+    torch.testing.assert_close(program.module()(*others), Attention()(*others))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

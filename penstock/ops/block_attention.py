@@ -62,7 +62,7 @@ def block_sparse_attention(
     form = _form("block_sparse_attention", backend, q_BHLK, block_size)
     if form in ("reference", "flex"):
         attend = reference_pyramid_attention if form == "reference" else _flex
-        return attend(q_BHLK, k_BGTK, v_BGTK, block_mask.long(), block_size, causal, scale)
+        return attend(q_BHLK, k_BGTK, v_BGTK, block_mask.bool(), block_size, causal, scale)
     return _listed(q_BHLK, k_BGTK, v_BGTK, block_mask.bool(), block_size, causal, scale, native=form == "native")
 
 
@@ -185,6 +185,15 @@ def pool_keys(x_BGTK: Tensor, block: int, level: int) -> Tensor:
     return padded if level == 1 else padded.unflatten(2, (-1, level)).mean(3)
 
 
+def _present(levels: Tensor) -> list[int]:
+    """The levels that some tile has, and 1 in any case; of a binary map 1 alone."""
+    if levels.dtype == torch.bool:
+        return [1]
+    if torch.compiler.is_exporting():
+        return list(LEVELS[1:])
+    return [level for level in LEVELS[1:] if level == 1 or bool((levels == level).any())]
+
+
 def reference_pyramid_attention(
     q_BHLK: Tensor,
     k_BGTK: Tensor,
@@ -201,9 +210,7 @@ def reference_pyramid_attention(
     per_query = levels.repeat_interleave(size_q, 2)[:, :, :length]
     at = torch.arange(length, device=q_BHLK.device)[:, None]
     keys, values, biases = [], [], []
-    for level in LEVELS[1:]:
-        if level > 1 and not (levels == level).any():
-            continue
+    for level in _present(levels):
         keys.append(pool_keys(k_BGTK, size_k, level))
         values.append(pool_keys(v_BGTK, size_k, level))
         chosen = (per_query == level).repeat_interleave(size_k // level, 3)
@@ -225,6 +232,8 @@ def reference_pyramid_attention(
 
 
 def _form(operation: str, backend: Backend | None, q: Tensor, block_size: BlockSize) -> str:
+    if backend is None and torch.compiler.is_exporting():
+        backend = "reference"  # which lists of tiles there are is not known before the map is
     form = choose(operation, backend, get_args(Backend), lambda: _default(q, block_size))
     if form == "native" and not can_run_native(q):
         raise ValueError(
@@ -249,7 +258,7 @@ def _flex(
     scale: float | None,
 ) -> Tensor:
     sizes = _sizes(block_size)
-    present = [level for level in LEVELS[1:] if level == 1 or bool((levels == level).any())]
+    present = _present(levels)
     keys, values = ({level: pool_keys(x, sizes[1], level) for level in present} for x in (k_BGTK, v_BGTK))
     levels = levels.expand(*q_BHLK.shape[:2], -1, -1).contiguous()
     scale = q_BHLK.shape[-1] ** -0.5 if scale is None else scale
@@ -283,8 +292,7 @@ def _listed(
         last_query = (torch.arange(levels.shape[2], device=levels.device) + 1) * size_q - 1
         levels = levels * (first_key <= last_query[:, None])
     rows = levels.flatten(0, 2)
-    plain = levels.dtype == torch.bool
-    present = [level for level in LEVELS[1:] if level == 1 or (not plain and bool((rows == level).any()))]
+    plain, present = levels.dtype == torch.bool, _present(levels)
     unit = size_k // present[-1]
     keys, values, last, biases, owners, entries = [], [], [], [], [], []
     offset = 0
@@ -357,12 +365,13 @@ def check_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block_size: Bloc
         raise ValueError(
             f"the map of tiles is {tuple(tiles.shape)}; with blocks of {block_size} it must be ([B, H,] {need[0]}, {need[1]})"
         )
-    if tiles.dtype == torch.bool:
-        kept = tiles
-    else:
+    if tiles.dtype != torch.bool and size_k % 8:
+        raise ValueError(f"block_size={block_size}: the block of keys must be a multiple of 8")
+    if torch.compiler.is_compiling():
+        return  # what follows looks at values
+    kept = tiles
+    if tiles.dtype != torch.bool:
         kept = tiles > 0
-        if size_k % 8:
-            raise ValueError(f"block_size={block_size}: the block of keys must be a multiple of 8")
         if not torch.isin(tiles, torch.tensor(LEVELS, device=tiles.device)).all():
             raise ValueError(f"levels must be among {LEVELS}")
     if causal:

@@ -21,6 +21,8 @@ from penstock.ops.chunked_gla import chunked
 from penstock.ops.dispatch import choose
 from penstock.ops.native_gla import can_run_native, keeps_threads_busy, native
 
+#: Tokens a piece of an exported program: its map has so many rows and columns a key channel.
+_PIECE = 32
 Backend = Literal["recurrent", "parallel", "chunk", "native", "fla"]
 
 
@@ -60,6 +62,8 @@ def gated_linear_attention(
     """
     _check(q_BLHK, k_BLHK, v_BLHV, log_gate, initial_state, cu_seqlens, chunk_size)
     scale = q_BLHK.shape[-1] ** -0.5 if scale is None else scale
+    if backend is None and cu_seqlens is None and torch.compiler.is_exporting():
+        return _portable(q_BLHK, k_BLHK, v_BLHV, log_gate.expand_as(k_BLHK), initial_state, scale)
     form = choose("gated_linear_attention", backend, get_args(Backend), lambda: _default(q_BLHK))
     bounds = None if cu_seqlens is None else [int(x) for x in cu_seqlens]
     log_gate = log_gate.expand_as(k_BLHK)
@@ -123,6 +127,19 @@ def _parallel(
         output = output + torch.einsum("blhk,bhkv->blhv", q * before, initial_state.to(wide))
         state = state + before[:, -1, :, :, None] * initial_state.to(wide)
     return output.to(v.dtype), state
+
+
+def _portable(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """For exported programs: pieces in the parallel form, of PyTorch's own operators and without a look at values."""
+    outputs, state = [], initial_state
+    pieces = zip(*(x.split(_PIECE, 1) for x in (q, k, v, log_gate)), strict=True)
+    for q_part, k_part, v_part, gate_part in pieces:
+        output, state = _parallel(q_part, k_part, v_part, gate_part, state, scale)
+        outputs.append(output)
+    assert state is not None
+    return torch.cat(outputs, 1), state
 
 
 def _fla(

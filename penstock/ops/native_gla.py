@@ -113,10 +113,10 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = (q.shape[2], q.shape[3], v.shape[3])
-    lengths = [b - a for a, b in pairwise(bounds)] or [q.shape[1]] * q.shape[0]
-    total = sum(-(-length // chunk) for length in lengths) if keep else 0
+    rows = len(bounds) - 1 if bounds else q.shape[0]
+    total = sum(-(-(b - a) // chunk) for a, b in pairwise(bounds)) if bounds else rows * -(-q.shape[1] // chunk)
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return output, q.new_empty(len(lengths), *state), q.new_empty(total, *state)
+    return output, q.new_empty(rows, *state), q.new_empty(total if keep else 0, *state)
 
 
 @torch.library.custom_op("penstock::gla_native_backward", mutates_args=())
