@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from penstock import gates as gates
     from penstock.gates import Gate, Routing, ablate, force, mark, twin, watch
     from penstock.interop.create import create_model, list_models, load_authors
+    from penstock.interop.graft import graft
     from penstock.lab.store import load
 
 _HOMES = {
     **dict.fromkeys(("Gate", "Routing", "ablate", "force", "mark", "twin", "watch"), "penstock.gates"),
     **dict.fromkeys(("create_model", "list_models", "load_authors"), "penstock.interop.create"),
+    "graft": "penstock.interop.graft",
     "load": "penstock.lab.store",
 }
 _ROOMS = ("gates", "interop", "lab", "nn", "ops", "tasks")
@@ -42,6 +44,7 @@ __all__ = [
     "create_model",
     "force",
     "gates",
+    "graft",
     "list_models",
     "load",
     "load_authors",

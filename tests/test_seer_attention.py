@@ -38,9 +38,10 @@ from penstock.systems.sequence.seer_attention.tiles import (
     open_tiles,
     pool_blocks,
     select_tiles,
+    sink_local_scores,
     tile_recall,
 )
-from penstock.systems.sequence.seer_attention.topics import best_quarter, sink_local_scores, topic_gate
+from penstock.systems.sequence.seer_attention.topics import best_quarter, topic_gate
 from penstock.tasks.language_modelling import LanguageModelling
 
 VOCABULARY, BLOCK = 31, 4

@@ -28,9 +28,10 @@ from penstock.systems.sequence.seer_attention.tiles import (
     ground_truth,
     open_tiles,
     select_tiles,
+    sink_local_scores,
     tile_recall,
 )
-from penstock.systems.sequence.seer_attention.topics import average_pool_gate, sink_local_scores, topic_gate
+from penstock.systems.sequence.seer_attention.topics import average_pool_gate, topic_gate
 from penstock.tasks.base import Task, Training
 from penstock.tasks.language_modelling import LanguageModelling
 

@@ -268,3 +268,12 @@ def _divergence(target: Tensor, logits: Tensor) -> Tensor:
     """KL divergence, the mean over all elements and not over rows."""
     predicted = logits.log_softmax(-1, dtype=target.dtype)
     return (torch.xlogy(target, target) - target * predicted).mean()
+
+
+def sink_local_scores(num_blocks: int, device: torch.device) -> Tensor:
+    """Scores (N, N) that prefer a row's own block, then the first, then the nearest."""
+    blocks = torch.arange(num_blocks, device=device)
+    nearness = (blocks - blocks[:, None]).float()
+    nearness[:, 0] = -0.5
+    nearness[0, 0] = 0.0
+    return nearness

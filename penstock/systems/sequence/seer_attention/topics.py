@@ -20,6 +20,7 @@ from penstock.systems.sequence.seer_attention.tiles import (
     causal_tiles,
     distillation_loss,
     ground_truth,
+    sink_local_scores,
     tile_recall,
 )
 
@@ -110,15 +111,6 @@ def average_pool_gate(head_dim: int, num_q_heads: int, num_k_heads: int, *, bloc
     gate = AttnGate(head_dim, num_q_heads, num_k_heads, block_size=block_size, k_pool=("avg",), rotary=rotary)
     gate.key_map.weight.copy_(torch.eye(head_dim).expand_as(gate.key_map.weight))
     return gate
-
-
-def sink_local_scores(num_blocks: int, device: torch.device) -> Tensor:
-    """Scores (N, N) that prefer a row's own block, then the first, then the nearest."""
-    blocks = torch.arange(num_blocks, device=device)
-    nearness = (blocks - blocks[:, None]).float()
-    nearness[:, 0] = -0.5
-    nearness[0, 0] = 0.0
-    return nearness
 
 
 def best_quarter(scores_BHNN: Tensor) -> Tensor:
