@@ -20,20 +20,16 @@ from penstock.errors import UserError
 from penstock.gates import GateWarning, Routing
 from penstock.interop.create import create_model, load_authors
 from penstock.lab.results import Results
-from penstock.nn import codebook as module
-from penstock.nn.codebook import (
-    CodebookKey,
-    CodebookLayer,
-    CodebookWrapper,
-    GroupCodebookLayer,
+from penstock.nn import code_reading as module
+from penstock.nn.code_reading import (
     bypass_codebooks,
     find_codebooks,
     force_codes,
     kmeans_codebooks,
-    make_codebook,
     record_codes,
     without_codes,
 )
+from penstock.nn.codebook import CodebookKey, CodebookLayer, CodebookWrapper, GroupCodebookLayer, make_codebook
 from penstock.systems.sequence.codebook.checkpoint import from_authors, load_codebook, to_authors
 from penstock.systems.sequence.codebook.experiment import (
     CodebookConfig,

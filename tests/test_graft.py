@@ -35,7 +35,7 @@ from penstock.interop.graft import (
 )
 from penstock.interop.graft.seer import gated_places
 from penstock.interop.graft.tap import Heads, tapped
-from penstock.nn.codebook import force_codes, record_codes
+from penstock.nn.code_reading import force_codes, record_codes
 from penstock.systems.sequence.codebook.reading import code_table
 from tests.models import hooks_left
 

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from penstock.gates import force
-from penstock.nn.codebook import (
-    CodebookKey,
-    CodebookLayer,
-    GroupCodebookLayer,
-    Similarity,
-    force_codes,
-    record_codes,
-    without_codes,
-)
+from penstock.nn.code_reading import force_codes, record_codes, without_codes
+from penstock.nn.codebook import CodebookKey, CodebookLayer, GroupCodebookLayer, Similarity
 from penstock.systems.sequence.codebook.checkpoint import load_codebook
 from tests.golden_adapters import refuse_unknown
 

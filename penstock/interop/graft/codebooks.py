@@ -98,7 +98,7 @@ def attribute(at: CodebookPlace) -> str:
 def enable_codebooks(model: nn.Module, enabled: bool = True) -> None:
     """Put the grafted codebooks into effect, or let everything pass unchanged again.
 
-    `penstock.nn.codebook` has what may be done with them then: `record_codes`, `force_codes`, `kmeans_codebooks` to start
+    `penstock.nn.code_reading` has what may be done with them then: `record_codes`, `force_codes`, `kmeans_codebooks` to start
     the codes where the activations are, `bypass_codebooks` for a while.
 
     Args:

@@ -75,7 +75,7 @@ def graft(model: _Model, what: What, *, layers: Layers = "all", layout: Layout |
     - ``"seer_attention"``: a gate on the tiles of the attention map (Gao et al. 2024). Attention stays what it was until
       `set_sparse` or `sparse_prefill`; `distil` trains the gates, `sparse_report` says what sparse attention costs.
     - ``"codebook"``: a bottleneck of discrete codes (Tamkin et al. 2023), which passes everything unchanged until
-      `enable_codebooks`; the codes are read and written with `penstock.nn.codebook`.
+      `enable_codebooks`; the codes are read and written with `penstock.nn.code_reading`.
 
     The gates are parts of the model, so that they are in its ``state_dict`` and found by `penstock.watch`, `force`,
     `ablate` and `twin`. What the model was before has the same names and values as ever, and `ungraft` restores it.

@@ -18,7 +18,8 @@ from penstock.data.text import TextConfig, read_documents, read_text
 from penstock.errors import UserError
 from penstock.lab.results import Effect, Results
 from penstock.lab.system import Stage, System, Trial
-from penstock.nn.codebook import CodebookLayer, Similarity, find_codebooks, kmeans_codebooks
+from penstock.nn.code_reading import find_codebooks, kmeans_codebooks
+from penstock.nn.codebook import CodebookLayer, Similarity
 from penstock.systems.sequence.codebook.model import CodebookLM, Place
 from penstock.systems.sequence.codebook.probes import (
     StateCodes,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from penstock.data.fsm import StateMachine
-from penstock.nn.codebook import CodebookKey, find_codebooks, force_codes, record_codes
+from penstock.nn.code_reading import find_codebooks, force_codes, record_codes
+from penstock.nn.codebook import CodebookKey
 from penstock.systems.sequence.codebook.model import CodebookLM
 from penstock.systems.sequence.codebook.reading import code_as_classifier, code_purity
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.gates import Table
-from penstock.nn.codebook import CodebookKey, find_codebooks, record_codes
+from penstock.nn.code_reading import find_codebooks, record_codes
+from penstock.nn.codebook import CodebookKey
 
 
 @torch.no_grad()
