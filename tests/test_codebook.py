@@ -20,7 +20,8 @@ from penstock.errors import UserError
 from penstock.gates import GateWarning, Routing
 from penstock.interop.create import create_model, load_authors
 from penstock.lab.results import Results
-from penstock.nn import code_reading as module
+from penstock.nn import code_reading
+from penstock.nn import codebook as module
 from penstock.nn.code_reading import (
     bypass_codebooks,
     find_codebooks,
@@ -532,7 +533,7 @@ def test_purity_precision_and_recall() -> None:
 
 
 def test_examples_in_docstrings_run() -> None:
-    assert doctest.testmod(module) == (0, 3)
+    assert doctest.testmod(code_reading) == (0, 3)
 
 
 # -- the language model ------------------------------------------------------------------------------------------
