@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import penstock
 from penstock.cli import COMMANDS
 from penstock.lab.cards import all_cards
 from tools import docs
@@ -29,6 +30,32 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "from_input" in printed
     assert "shuffle" in printed
     assert not torch.equal(names["y"], names["y_open"])  # type: ignore[arg-type]
+
+
+def test_the_operators_run_as_shown() -> None:
+    (code,) = [block for block in blocks("python") if "from penstock.ops import" in block]
+    linear, sparse = code.split("output = ")
+    q, k, v = torch.randn(3, 1, 300, 2, 16).unbind()
+    names = {"q": q, "k": k, "v": v, "log_gate": -torch.rand(1, 300, 2, 16)}
+    exec(linear, names)
+    assert names["output"].shape == (1, 300, 2, 16)
+    assert names["state"].shape == (1, 2, 16, 16)
+    names |= {name: x.transpose(1, 2) for name, x in (("q", q), ("k", k), ("v", v))}
+    exec(f"output = {sparse}", names | {"block_mask": torch.ones(3, 3, dtype=torch.bool)})
+
+
+def test_gates_are_grafted_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(256, (2, 512))
+    before = model(tokens).logits
+    (code,) = [block for block in blocks("python") if "penstock.graft(" in block]
+    exec(code, {"penstock": penstock, "model": model, "tokens": tokens, "batches": [tokens] * 2})
+    assert torch.equal(model(tokens).logits, before), "taken off, it is what it was"
+    assert "oracle" in capsys.readouterr().out
 
 
 def test_commands_and_targets_exist() -> None:
