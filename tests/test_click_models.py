@@ -40,13 +40,19 @@ def test_logistic_regression_has_one_weight_an_id() -> None:
 
 def test_deepfm_adds_a_perceptron_to_the_machine() -> None:
     deep = model("deepfm")
-    assert deep.mlp is not None
     assert deep.embedding is not None
     full = deep(IDS)
     e = deep.embedding.table.weight[IDS].flatten(1)
-    perceptron = deep.mlp(e).squeeze(1)
-    deep.mlp = None
+    perceptron = deep.streams[0](e).squeeze(1)
+    del deep.streams[0]
     torch.testing.assert_close(full, deep(IDS) + perceptron)
+
+
+def test_dualmlp_adds_two_perceptrons() -> None:
+    dual = model("dualmlp")
+    assert dual.embedding is not None
+    e = dual.embedding.table.weight[IDS].flatten(1)
+    torch.testing.assert_close(dual(IDS), dual.bias + sum(stream(e).squeeze(1) for stream in dual.streams))
 
 
 def test_crosses_are_their_formula() -> None:

@@ -27,7 +27,7 @@ WINGS = (
     "robustness",
 )
 #: Ungated models that `penstock compare` takes beside the systems, and the task they are for; see `penstock.lab.plain`.
-PLAIN_MODELS = dict.fromkeys(("logistic_regression", "fm", "dnn", "deepfm", "dcnv2"), "click_prediction")
+PLAIN_MODELS = dict.fromkeys(("logistic_regression", "fm", "dnn", "dualmlp", "deepfm", "dcnv2"), "click_prediction")
 _SYSTEMS = Path(__file__).parent.parent / "systems"
 
 

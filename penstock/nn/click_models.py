@@ -1,4 +1,4 @@
-"""The ungated click models that people compare with: logistic regression, FM, DNN, DeepFM, DCNv2.
+"""The ungated click models that people compare with: logistic regression, FM, DNN, DeepFM, DCNv2, DualMLP.
 
 They are no systems of ours: no gate, no claim. `penstock compare` takes them by name beside the systems.
 
@@ -27,6 +27,7 @@ class ClickModel(nn.Module, PyTorchModelHubMixin):
         linear: whether each id also has a weight of its own, the first-order part.
         pairs: whether all pairs' inner products are added (Rendle 2010).
         mlp_dims: hidden widths of a perceptron on the flat embeddings; empty: none.
+        streams: perceptrons of these widths, whose logits are added (Mao et al. 2023: two are a strong baseline).
         cross_layers: crosses of `CrossNetworkV2`, which stand beside the perceptron; 0: none.
         dropout, batch_norm: of the perceptron.
         numeric_ids, padding_ids: see `FieldEmbedding`.
@@ -44,6 +45,7 @@ class ClickModel(nn.Module, PyTorchModelHubMixin):
         linear: bool = True,
         pairs: bool = False,
         mlp_dims: Sequence[int] = (),
+        streams: int = 1,
         cross_layers: int = 0,
         dropout: float = 0.0,
         batch_norm: bool = False,
@@ -62,8 +64,12 @@ class ClickModel(nn.Module, PyTorchModelHubMixin):
         self.cross = CrossNetworkV2(flat, cross_layers) if cross_layers else None
         # Beside crosses the perceptron has no output of its own: one linear map reads both.
         output = 0 if cross_layers else 1
-        self.mlp = MLP(flat, mlp_dims, output, dropout=dropout, batch_norm=batch_norm) if mlp_dims else None
-        self.read = nn.Linear(flat + (self.mlp.width if self.mlp else 0), 1) if cross_layers else None
+        self.streams = nn.ModuleList(
+            MLP(flat, mlp_dims, output, dropout=dropout, batch_norm=batch_norm)
+            for _ in range(streams if mlp_dims else 0)
+        )
+        beside = len(self.streams) * mlp_dims[-1] if mlp_dims else 0
+        self.read = nn.Linear(flat + beside, 1) if cross_layers else None
 
     def forward(self, ids_BF: Tensor, numeric_BN: Tensor | None = None, sequences_BSL: Tensor | None = None) -> Tensor:
         logits_B = self.bias.expand(ids_BF.shape[0])
@@ -75,13 +81,11 @@ class ClickModel(nn.Module, PyTorchModelHubMixin):
         if self.pairs:
             logits_B = logits_B + factorization(e_BMD)
         x_BX = e_BMD.flatten(1)
-        parts = [] if self.cross is None else [self.cross(x_BX)]
-        if self.mlp is not None:
-            parts.append(self.mlp(x_BX))
-        if not parts:
-            return logits_B
-        last = torch.cat(parts, 1)
-        return logits_B + (last if self.read is None else self.read(last)).squeeze(1)
+        parts = [stream(x_BX) for stream in self.streams]
+        if self.cross is not None:
+            assert self.read is not None
+            parts = [self.read(torch.cat([self.cross(x_BX), *parts], 1))]
+        return sum((part.squeeze(1) for part in parts), logits_B)
 
 
 class CrossNetworkV2(nn.Module):
@@ -110,6 +114,7 @@ CLICK_MODELS: Mapping[str, Callable[[Sequence[int]], Mapping[str, object]]] = {
     "logistic_regression": lambda mlp_dims: {},
     "fm": lambda mlp_dims: {"pairs": True},
     "dnn": lambda mlp_dims: {"linear": False, "mlp_dims": mlp_dims},
+    "dualmlp": lambda mlp_dims: {"linear": False, "mlp_dims": mlp_dims, "streams": 2},
     "deepfm": lambda mlp_dims: {"pairs": True, "mlp_dims": mlp_dims},
     "dcnv2": lambda mlp_dims: {"linear": False, "mlp_dims": mlp_dims, "cross_layers": 3},
 }
