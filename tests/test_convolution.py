@@ -27,6 +27,18 @@ def test_a_short_convolution_goes_on_from_its_state(cut: int) -> None:
     torch.testing.assert_close(state, last)
 
 
+def test_a_short_convolution_passes_over_padding() -> None:
+    x, weight, bias = torch.randn(1, 6, 3).double(), torch.randn(3, 1, 3).double(), torch.randn(3).double()
+    real = torch.tensor([[False, True, True, False, True, True, False, True, True, False]])
+    padded = torch.randn(1, 10, 3).double()
+    padded[real] = x[0]
+    for state in (None, torch.randn(1, 3, 3).double()):
+        right, last = causal_depthwise_conv(x, weight, bias, state)
+        y, ours = causal_depthwise_conv(padded, weight, bias, state, real)
+        torch.testing.assert_close(y[real], right[0])
+        torch.testing.assert_close(ours, last)
+
+
 @pytest.mark.parametrize(("length", "taps"), [(1, 1), (7, 7), (50, 20), (100, 100), (20, 50)])
 def test_both_forms_of_a_long_convolution_are_the_sum(length: int, taps: int) -> None:
     x, filters, skip = torch.randn(2, length, 3).double(), torch.randn(3, taps).double(), torch.randn(3).double()

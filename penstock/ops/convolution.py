@@ -19,7 +19,11 @@ _DIRECT_TAPS, _DIRECT_TAPS_TRAINED = 64, 16
 
 
 def causal_depthwise_conv(
-    x_BLD: Tensor, weight: Tensor, bias: Tensor | None = None, initial_state: Tensor | None = None
+    x_BLD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    mask_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel with its own filter; position t sees t - W + 1 to t.
 
@@ -29,9 +33,11 @@ def causal_depthwise_conv(
         bias: (D,).
         initial_state: (B, D, W), the last W inputs before this sequence, newest last (its oldest entry is not
             read); zeros if not given.
+        mask_BL: true where a token is real; the filter meets real tokens only, as if padding were not there, and what
+            comes out at padding means nothing.
 
     Returns:
-        the output (B, L, D), and the last W inputs (B, D, W) to go on from.
+        the output (B, L, D), and the last W (real) inputs (B, D, W) to go on from.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -47,8 +53,18 @@ def causal_depthwise_conv(
             f"initial_state is {tuple(initial_state.shape)}; it must be (B, D, W) = ({x_BLD.shape[0]}, {channels}, {taps})"
         )
     seen = torch.cat([initial_state, x_BDL], -1)
+    order = None
+    if mask_BL is not None:
+        # Padding moves in front of everything, so that real tokens are neighbours, and what they give moves back.
+        real = torch.cat([mask_BL.new_ones(mask_BL.shape[0], taps), mask_BL], 1)
+        order = real.to(torch.uint8).argsort(dim=1, stable=True)[:, None].expand_as(seen)
+        seen = seen.gather(2, order)
     y_BDL = F.conv1d(seen[..., 1:], weight, bias, groups=channels)
-    return y_BDL.transpose(1, 2), seen[..., seen.shape[-1] - taps :]
+    if order is not None:
+        whole = torch.zeros_like(seen).scatter(2, order, F.pad(y_BDL, (taps, 0)))
+        y_BDL = whole[..., taps:]
+    # A copy: a view would keep the whole sequence alive.
+    return y_BDL.transpose(1, 2), seen[..., seen.shape[-1] - taps :].clone()
 
 
 def long_convolution(

@@ -141,24 +141,11 @@ class CausalConv(nn.Module):
         """Convolve; with a ``span``, go on from what layer ``number`` remembers and leave out padding."""
         state = None if span is None else span.state(number)
         before = None if state is None else state.get("inputs")
-        if span is None or span.mask is None:
-            y_BLD, last = causal_depthwise_conv(h_BLD, self.weight, self.bias, before)
-        else:
-            y_BLD, last = self._past_padding(h_BLD, span.mask, before)
+        mask = None if span is None else span.mask
+        y_BLD, last = causal_depthwise_conv(h_BLD, self.weight, self.bias, before, mask)
         if state is not None:
             state["inputs"] = last
         return y_BLD
-
-    def _past_padding(self, h_BLD: Tensor, mask_BL: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Move padding in front of everything, so that the tokens after it are contiguous, convolve, and move back."""
-        taps = self.weight.shape[-1]
-        if before is None:
-            before = h_BLD.new_zeros(h_BLD.shape[0], h_BLD.shape[-1], taps)
-        seen = torch.cat([before.mT, h_BLD], 1)
-        real = torch.cat([mask_BL.new_ones(mask_BL.shape[0], taps), mask_BL], 1)
-        order = real.to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(seen)
-        y, last = causal_depthwise_conv(seen.gather(1, order), self.weight, self.bias)
-        return torch.zeros_like(y).scatter(1, order, y)[:, taps:], last
 
 
 class GAMBlock(nn.Module):

@@ -192,23 +192,10 @@ class ShortConvolution(nn.Module):
         """
         if isinstance(span, PackedSpan):
             y_BLC, state_BCW = self._packed(x_BLC, span)
-        elif span is None or span.mask is None:
-            y_BLC, state_BCW = causal_depthwise_conv(x_BLC, self.weight, self.bias, state_BCW)
         else:
-            y_BLC, state_BCW = self._padded(x_BLC, span.mask, state_BCW)
+            mask = None if span is None else span.mask
+            y_BLC, state_BCW = causal_depthwise_conv(x_BLC, self.weight, self.bias, state_BCW, mask)
         return F.silu(y_BLC), state_BCW
-
-    def _padded(self, x_BLC: Tensor, mask_BL: Tensor, state_BCW: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Real tokens move to the front, where the earlier ones end and padding is behind; then back to their places."""
-        order_BLC = mask_BL.logical_not().int().argsort(stable=True, dim=1)[..., None].expand_as(x_BLC)
-        front_BLC = x_BLC.gather(1, order_BLC)
-        if state_BCW is None:
-            state_BCW = x_BLC.new_zeros(len(x_BLC), x_BLC.shape[2], self.taps)
-        y_BLC, _ = causal_depthwise_conv(front_BLC, self.weight, self.bias, state_BCW)
-        seen = torch.cat([state_BCW, front_BLC.transpose(1, 2)], -1)
-        last_BW = mask_BL.sum(1)[:, None] + torch.arange(self.taps, device=mask_BL.device)
-        state_BCW = seen.gather(2, last_BW[:, None].expand_as(state_BCW))
-        return torch.zeros_like(y_BLC).scatter(1, order_BLC, y_BLC), state_BCW
 
     def _packed(self, x_BLC: Tensor, span: PackedSpan) -> tuple[Tensor, Tensor]:
         """Zeros as wide as the filter between the sequences keep them apart."""

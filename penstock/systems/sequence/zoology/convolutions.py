@@ -41,7 +41,7 @@ class ShortConv(nn.Module):
         before = None if memory is None else memory.get(name)
         y_BLD, last_BDW = causal_depthwise_conv(x_BLD, self.weight, self.bias, before)
         if memory is not None:
-            memory[name] = last_BDW.clone()  # a copy, or it would keep the whole sequence alive
+            memory[name] = last_BDW
         return y_BLD
 
 
