@@ -78,18 +78,21 @@ def bench(names: Sequence[str] = ()) -> dict[str, Any]:
     """Run benchmarks and return their figures.
 
     Args:
-        names: which (default all).
+        names: which (default all); "gated_linear_attention" takes all whose names begin with it and "_".
 
     Raises:
         UserError: for an unknown name.
     """
     known = benchmarks()
+    chosen: list[str] = []
     for name in names:
-        if name not in known:
+        meant = [one for one in known if one == name or one.startswith(f"{name}_")]
+        if not meant:
             raise UserError(f"no benchmark {name!r}; did you mean {' or '.join(nearest(name, known) or known)}?")
+        chosen += [one for one in meant if one not in chosen]
     limits = machine()
     results = {}
-    for name in names or known:
+    for name in chosen or known:
         contest = known[name].make()
         times = _median(contest.entries)
         first = next(iter(times.values()))
