@@ -58,6 +58,17 @@ def test_gates_are_grafted_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "oracle" in capsys.readouterr().out
 
 
+def test_a_language_model_generates_as_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    from penstock.interop import hf
+    from penstock.systems.sequence.gla.model import GLALM
+
+    hf.save(GLALM(256, 16, 1, 2, intermediate_size=16), tmp_path / "FOLDER", tokenizer="bytes")
+    (code,) = [block for block in blocks("python") if "AutoModelForCausalLM" in block]
+    exec(code.replace('"FOLDER"', repr(str(tmp_path / "FOLDER"))), {})
+    assert "def f(x):" in capsys.readouterr().out
+
+
 def test_commands_and_targets_exist() -> None:
     lines = [line for block in blocks("") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith(("penstock ", "make "))]
