@@ -50,7 +50,7 @@ def gated_linear_attention(
         chunk_size: tokens computed together by "chunk" and "native", a power of two.
         backend: "recurrent" is the definition, a step a token; "parallel" forms the L x L map; "chunk" computes
             chunks by matrix products and keeps one state a chunk for the backward pass; "native" does so in C, a
-            thread a head (on the CPU, float32 or less, gentle gates; strong ones go to "chunk"); "fla" is
+            thread a head (on the CPU, float32 or less); "fla" is
             flash-linear-attention's kernel (CUDA). Default: "recurrent" for a single token; "fla" on CUDA where
             installed; "native" where it can run and there is a head for each thread; else "chunk".
 

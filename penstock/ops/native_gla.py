@@ -1,4 +1,4 @@
-"""Gated linear attention by the kernel in C, which takes gentle gates; `chunked_gla` takes over where they are not.
+"""Gated linear attention by the kernel in C.
 
 Shape legend: B batch, L length, H heads, K key width, V value width, N chunks of all sequences.
 """
@@ -13,19 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from penstock.ops.chunked_gla import (
-    GENTLE,
-    backward_flops,
-    chunk_for,
-    forward_flops,
-    gla_backward,
-    gla_forward,
-    spread,
-    whole_chunks,
-)
+from penstock.ops.chunked_gla import GENTLE, backward_flops, chunk_for, forward_flops
 from penstock.ops.native import gemm, library
 
-_STRONG = 1
+#: A longer chunk leaves the cache.
+_LONGEST_CHUNK = 256
 
 
 def native(
@@ -44,7 +36,7 @@ def native(
     given = (q, k, v, log_gate, *(() if initial_state is None else (initial_state,)))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     output, final, _ = native_forward(
-        q, k, v, log_gate, initial_state, scale, chunk_for(q, chunk_size), bounds or [], keep
+        q, k, v, log_gate, initial_state, scale, chunk_for(q, min(chunk_size, _LONGEST_CHUNK)), bounds or [], keep
     )
     return output.to(dtype), final
 
@@ -89,15 +81,8 @@ def native_forward(
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     final, states = q.new_empty(call.sequences, *call.state), q.new_empty(call.total if keep else 0, *call.state)
     first = None if initial_state is None else initial_state.float().contiguous()
-    if call.run("forward", first, output, final, states if keep else None) != _STRONG:
-        return output, final, states
-    if not bounds:
-        output, final, states = gla_forward(q, k, v, log_gate, initial_state, scale, chunk, [0], keep)
-        return output, final, states[:, :-1].flatten(0, 1) if keep else q.new_empty(0, *call.state)
-    place, starts = whole_chunks(bounds, chunk, q.device)
-    wide = [spread(x, place, starts[-1] * chunk) for x in (q, k, v, log_gate)]
-    output, final, states = gla_forward(*wide, initial_state, scale, chunk, starts[:-1], keep)
-    return output[:, place], final, states[0, :-1] if keep else q.new_empty(0, *call.state)
+    call.run("forward", first, output, final, states if keep else None)
+    return output, final, states
 
 
 @native_forward.register_fake
@@ -137,16 +122,8 @@ def native_backward(
     call = _Call(q, k, v, log_gate, scale, chunk, bounds)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_gate, final)]
     given = None if grad_final is None else grad_final.contiguous()
-    if call.run("backward", states, final, grad_output.contiguous(), given, *grads) != _STRONG:
-        return tuple(grads)  # type: ignore[return-value]
-    if not bounds:
-        whole = torch.cat([states.unflatten(0, (q.shape[0], -1)), final[:, None]], 1)
-        return gla_backward(grad_output, grad_final, q, k, v, log_gate, whole, final, scale, chunk, [0])
-    place, starts = whole_chunks(bounds, chunk, q.device)
-    wide = [spread(x, place, starts[-1] * chunk) for x in (grad_output, q, k, v, log_gate)]
-    whole = torch.cat([states, final[-1:]])[None]
-    *spaced, initial = gla_backward(wide[0], grad_final, *wide[1:], whole, final, scale, chunk, starts[:-1])
-    return (*(x[:, place] for x in spaced), initial)
+    call.run("backward", states, final, grad_output.contiguous(), given, *grads)
+    return tuple(grads)  # type: ignore[return-value]
 
 
 @native_backward.register_fake
@@ -219,11 +196,8 @@ class _Call:
             GENTLE,
         )
 
-    def run(self, direction: str, *tensors: Tensor | None) -> int:
-        """0 if done, `_STRONG` if some gate is not gentle."""
+    def run(self, direction: str, *tensors: Tensor | None) -> None:
         function = getattr(library("gla"), f"gla_{direction}")
         addresses = (None if x is None else ctypes.c_void_p(x.data_ptr()) for x in tensors)
-        outcome = int(function(ctypes.byref(self._fields), *addresses))
-        if outcome > _STRONG:
+        if function(ctypes.byref(self._fields), *addresses):
             raise MemoryError(f"gated linear attention, {direction}")
-        return outcome
