@@ -51,7 +51,8 @@ def check(given: list[Tensor], backend: Backend, **options: object) -> None:
     tolerance = TOLERANCE[given[0].dtype]
     for ours, right in zip(found, reference, strict=True):
         assert ours.isfinite().all()
-        scale = float(right.abs().max()) + 1e-12
+        # Where gates shut nearly all, what is left of a gradient is the difference of terms of size one.
+        scale = max(float(right.abs().max()), 0.01)
         assert float((ours.double() - right).abs().max()) / scale < tolerance
 
 

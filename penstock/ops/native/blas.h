@@ -19,10 +19,9 @@ static inline void product(gemm_t gemm, int a_transposed, int b_transposed, int 
 
 #define LOG2E 1.44269504088896341f
 
-/* 2^x, x held within -126 and 126: 2^n times a polynomial in the rest, relative error below 2e-7 */
-static inline float exp2_held(float x) {
+/* 2^x for x <= 126, held at -126 from below: 2^n times a polynomial in the rest, relative error below 2e-7 */
+static inline float exp2_below(float x) {
     x = x > -126.0f ? x : -126.0f;
-    x = x < 126.0f ? x : 126.0f;
     const float n = rintf(x), r = x - n;
     float p = 1.54035304e-4f;
     p = fmaf(p, r, 1.33335581e-3f);
@@ -36,6 +35,9 @@ static inline float exp2_held(float x) {
     memcpy(&power, &bits, 4);
     return p * power;
 }
+
+/* 2^x, x held within -126 and 126 */
+static inline float exp2_held(float x) { return exp2_below(x < 126.0f ? x : 126.0f); }
 
 /* memory for a thread's own numbers, or null */
 static inline float *room(int64_t floats) {

@@ -135,10 +135,10 @@ int tile_attention_forward(const Call *c, float *out, float *lse) {
                     const float shift = high * LOG2E;
 #pragma omp simd reduction(+ : total)
                     for (int j = 0; j < tokens; j++) {
-                        s[j] = exp2_held(fmaf(s[j], LOG2E, -shift));
+                        s[j] = exp2_below(fmaf(s[j], LOG2E, -shift));
                         total += s[j];
                     }
-                    const float fade = exp2_held(fmaf(top[i], LOG2E, -shift));
+                    const float fade = exp2_below(fmaf(top[i], LOG2E, -shift));
                     if (top[i] != high)
                         for (int d = 0; d < width; d++) o[i * width + d] *= fade;
                     sum[i] = sum[i] * fade + total;
@@ -213,7 +213,7 @@ int tile_attention_backward(const Call *c, const float *out, const float *lse, c
 #pragma omp simd
                         for (int j = 0; j < tokens; j++) {
                             const float x = (w[j] - shift) * LOG2E;
-                            w[j] = exp2_held(x < 0 ? x : 0);
+                            w[j] = exp2_below(x < 0 ? x : 0);
                             s[j] = w[j] * (s[j] - mean) * c->scale;
                         }
                         if (shift == INFINITY) { /* the query sees nothing */
