@@ -16,7 +16,8 @@ from penstock.ops.linear_attention import Backend
 from penstock.ops.native import library
 
 needs_native = pytest.mark.skipif(library("gla") is None, reason="needs a C compiler: apt-get install gcc")
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+#: Sums of log gates of up to 120 nats are rounded to 1e-5 in float32.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
 def inputs(
