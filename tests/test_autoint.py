@@ -42,15 +42,12 @@ from penstock.systems.recommendation.autoint.model import (
     VARIANTS,
     AutoInt,
     Dialect,
-    Dice,
     FieldAttention,
     FirstOrder,
     InteractingLayer,
-    activation,
     attention_maps,
     attention_report,
     regularization,
-    regularizers,
 )
 from penstock.tasks.click_prediction import ClickPrediction
 from tests.golden_adapters.autoint import ADAPTERS
@@ -262,19 +259,6 @@ def test_baselines_are_their_formulas() -> None:
     torch.testing.assert_close(fm(x), first + pairs)
     assert isinstance(lr, FM)
     torch.testing.assert_close(lr(x), lr.wide.weights.table.weight[x][..., 0].sum(1) + lr.bias)
-
-
-def test_activations_by_name() -> None:
-    x = torch.randn(50, 3)
-    dice = Dice(3).train()
-    nn.init.constant_(dice.alpha, 0.25)
-    p = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-9).sqrt()).sigmoid()
-    torch.testing.assert_close(dice(x), x * (p + 0.25 * (1 - p)))
-    torch.testing.assert_close(activation("PReLU", 3)(x), x.clamp_min(0) + 0.1 * x.clamp_max(0))
-    assert isinstance(activation("GELU", 3), nn.GELU)
-    for name in ("gelu", "Tensor", "Swishy"):
-        with pytest.raises(ValueError, match=r"or a class of torch\.nn"):
-            activation(name, 3)
 
 
 def test_initial_weights_follow_the_dialects() -> None:
@@ -771,15 +755,6 @@ def test_the_authors_variables_are_their_graph(residual: bool, deep: bool, wide:
 
 
 # -- training ------------------------------------------------------------------------------------------------
-
-
-def test_regularizers_by_name() -> None:
-    assert regularizers(1e-5) == regularizers("l2(1e-5)") == regularizers("1e-5") == {2: 1e-5}
-    assert regularizers("l1(0.5)") == {1: 0.5}
-    assert regularizers("l1_l2(0.1, 0.2)") == {1: 0.1, 2: 0.2}
-    for wrong in ("l3(1)", "l1(x)", "l1_l2(1)", ""):
-        with pytest.raises(ValueError, match="it must be a number"):
-            regularizers(wrong)
 
 
 def test_the_penalty_takes_every_parameter_once() -> None:

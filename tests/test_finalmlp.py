@@ -38,7 +38,6 @@ from penstock.systems.recommendation.finalmlp.model import (
     Embedding,
     FinalMLP,
     Perceptron,
-    parse_regularizer,
 )
 from penstock.systems.recommendation.finalmlp.products import ProductLog, ProductLogConfig
 from penstock.systems.recommendation.finalmlp.vocabulary import Vocabulary
@@ -577,15 +576,6 @@ def test_exported_models_take_any_batch() -> None:
 def test_impossible_models_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model(**options)
-
-
-def test_regularizers_are_read_as_fuxictr_writes_them() -> None:
-    assert parse_regularizer(None) == parse_regularizer(0) == parse_regularizer("0") == []
-    assert parse_regularizer(1e-5) == parse_regularizer("1e-5") == parse_regularizer("l2(1e-5)") == [(2, 1e-5)]
-    assert parse_regularizer("l1_l2(0.1, 0.2)") == [(1, 0.1), (2, 0.2)]
-    for wrong in ("", "l1()", "l1(1", "l1_l2(1)", "l2(a)", "nan"):
-        with pytest.raises(ValueError, match="must be a number of 0 or more"):
-            parse_regularizer(wrong)
 
 
 # -- the system ----------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from penstock.ops.dispatch import choose
 from penstock.ops.flex_tiles import flex_tiles
-from penstock.ops.tile_attention import NOWHERE, can_run_native, tile_attention
+from penstock.ops.native import can_run
+from penstock.ops.tile_attention import NOWHERE, tile_attention
 
 BlockSize = int | tuple[int, int]
 Backend = Literal["reference", "gather", "native", "flex"]
@@ -235,7 +236,7 @@ def _form(operation: str, backend: Backend | None, q: Tensor, block_size: BlockS
     if backend is None and torch.compiler.is_exporting():
         backend = "reference"  # which lists of tiles there are is not known before the map is
     form = choose(operation, backend, get_args(Backend), lambda: _default(q, block_size))
-    if form == "native" and not can_run_native(q):
+    if form == "native" and not can_run("tile_attention", q):
         raise ValueError(
             f"{operation}: the native backend needs float32 or less on the CPU and a C compiler; leave backend to choose"
         )
@@ -245,7 +246,7 @@ def _form(operation: str, backend: Backend | None, q: Tensor, block_size: BlockS
 def _default(q: Tensor, block_size: BlockSize) -> Backend:
     if q.is_cuda and all(size % 128 == 0 for size in _sizes(block_size)):
         return "flex"  # smaller tiles than its own it does not skip
-    return "native" if can_run_native(q) else "gather"
+    return "native" if can_run("tile_attention", q) else "gather"
 
 
 def _flex(

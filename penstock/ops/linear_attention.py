@@ -19,7 +19,8 @@ from torch import Tensor
 
 from penstock.ops.chunked_gla import chunked
 from penstock.ops.dispatch import choose
-from penstock.ops.native_gla import can_run_native, keeps_threads_busy, native
+from penstock.ops.native import can_run
+from penstock.ops.native_gla import keeps_threads_busy, native
 
 #: Tokens a piece of an exported program: its map has so many rows and columns a key channel.
 _PIECE = 32
@@ -67,7 +68,7 @@ def gated_linear_attention(
     form = choose("gated_linear_attention", backend, get_args(Backend), lambda: _default(q_BLHK))
     bounds = None if cu_seqlens is None else [int(x) for x in cu_seqlens]
     log_gate = log_gate.expand_as(k_BLHK)
-    if form == "native" and not can_run_native(q_BLHK):
+    if form == "native" and not can_run("gla", q_BLHK):
         raise ValueError(
             "the native backend needs float32 or less on the CPU and a C compiler; leave backend to choose"
         )
@@ -163,7 +164,7 @@ def _default(q: Tensor) -> Backend:
         return "recurrent"
     if q.is_cuda and q.dtype != torch.float64 and find_spec("fla") is not None:
         return "fla"
-    return "native" if can_run_native(q) and keeps_threads_busy(q) else "chunk"
+    return "native" if can_run("gla", q) and keeps_threads_busy(q) else "chunk"
 
 
 def _check(

@@ -41,19 +41,9 @@ def native(
     return output.to(dtype), final
 
 
-def can_run_native(q: Tensor) -> bool:
-    """Whether the kernel is there for tensors like this one: on the CPU, float32 or (computed so) below."""
-    return q.device.type == "cpu" and q.dtype != torch.float64 and _is_there()
-
-
 def keeps_threads_busy(q: Tensor) -> bool:
     """Whether there is a head of a sequence for each thread."""
     return q.shape[0] * q.shape[2] >= _num_threads()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_there() -> bool:
-    return library("gla") is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

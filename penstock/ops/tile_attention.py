@@ -57,7 +57,7 @@ def tile_attention(
         block: queries a block, m.
         causal: whether ``last`` is compared with the query's position; else only `NOWHERE` hides a token.
         scale: of the scores.
-        native: whether the kernel in C runs (float32 on the CPU, see `can_run_native`).
+        native: whether the kernel in C runs (float32 on the CPU, see `penstock.ops.native.can_run`).
 
     Returns:
         (B, H, L, K), zeros for a query that sees nothing; and what the native backward pass needs.
@@ -166,16 +166,6 @@ def _backward_flops(
     grad: Any, out: Any, norm: Any, q: Any, k_units: Tensor, v: Any, entries: Tensor, counts: Any, last: Any, bias: Any, block: int, *_: Any, out_val: Any = None, **__: Any
 ) -> int:  # fmt: skip
     return 10 * entries.numel() * k_units.shape[3] * k_units.shape[4] * block
-
-
-def can_run_native(q: Tensor) -> bool:
-    """Whether the kernel in C is there for tensors like this one: on the CPU, float32 or (computed so) below."""
-    return q.device.type == "cpu" and q.dtype != torch.float64 and _native_is_there()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _native_is_there() -> bool:
-    return library("tile_attention") is not None
 
 
 class _Call(ctypes.Structure):

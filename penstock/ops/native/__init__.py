@@ -68,6 +68,16 @@ def gemm() -> int | None:
         return None
 
 
+def can_run(name: str, x: torch.Tensor) -> bool:
+    """Whether the kernel ``name`` is there for tensors like ``x``: on the CPU, float32 or (computed so) below."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and _is_there(name)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_there(name: str) -> bool:
+    return library(name) is not None
+
+
 def _processor() -> str:
     """What ``-march=native`` depends on: a cache folder may be shared between machines."""
     try:

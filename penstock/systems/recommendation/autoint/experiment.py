@@ -17,6 +17,7 @@ from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.gates import force
 from penstock.lab.results import Effect, Results
 from penstock.lab.system import Stage, System, Trial
+from penstock.nn.fuxictr import parse_regularizer
 from penstock.systems.recommendation.autoint import crosses
 from penstock.systems.recommendation.autoint.model import (
     FM,
@@ -26,7 +27,6 @@ from penstock.systems.recommendation.autoint.model import (
     FieldAttention,
     attention_maps,
     regularization,
-    regularizers,
 )
 from penstock.tasks.base import Task, Training
 from penstock.tasks.click_prediction import ClickPrediction
@@ -244,7 +244,7 @@ class AutoIntSystem(System[AutoIntConfig]):
 
     def arms(self, config: AutoIntConfig, spec: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
         for how in (config.embedding_regularizer, config.net_regularizer):
-            regularizers(how)
+            parse_regularizer(how)
         if config.plateau and config.train.schedule != "constant":
             raise ValueError(
                 f"train.schedule={config.train.schedule!r} beside plateau: two rules for the learning rate; "

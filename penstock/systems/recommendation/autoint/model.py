@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 
 from penstock.gates import Gate, Table, named_gates, watch
 from penstock.nn.embeddings import FieldEmbedding, factorization
+from penstock.nn.fuxictr import activation, parse_regularizer, penalty
 
 Dialect = Literal["paper", "tf", "fuxi"]
 Attention = Literal["learned", "uniform", "closed"]
@@ -250,47 +250,6 @@ def _embedding(
         raise ValueError(f"zero_ids must be from 0 to {num_ids - 1}; {outside[0]} is not")
     zeros = FixedZeros(num_ids, zero_ids) if zero_ids else None
     return FieldEmbedding(num_ids, dim, numeric_ids=numeric_ids, padding_ids=padding_ids, gate=zeros)
-
-
-class Dice(nn.Module):
-    """x (p + a (1 - p)) where p is the sigmoid of the normalised x, a one number a unit: (B, X) -> (B, X).
-
-    Source: Zhou et al. 2018, Deep Interest Network, eq. 7, with FuxiCTR's constants.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(dim, eps=1e-9, momentum=0.01, affine=False)
-        self.alpha = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x_BX: Tensor) -> Tensor:
-        p_BX = self.bn(x_BX).sigmoid()
-        return x_BX * (p_BX + self.alpha * (1 - p_BX))
-
-
-#: Activations by FuxiCTR's names, in lower case, for a number of units.
-_ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
-    "relu": lambda units: nn.ReLU(),
-    "sigmoid": lambda units: nn.Sigmoid(),
-    "tanh": lambda units: nn.Tanh(),
-    "softmax": lambda units: nn.Softmax(-1),
-    "prelu": lambda units: nn.PReLU(units, init=0.1),
-    "dice": Dice,
-}
-
-
-def activation(name: str, units: int) -> nn.Module:
-    """The activation of this name: relu, sigmoid, tanh, softmax, prelu, dice in any case, or a class of torch.nn.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if name.lower() in _ACTIVATIONS:
-        return _ACTIVATIONS[name.lower()](units)
-    kind = getattr(nn, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ValueError(f"activation {name!r}: it must be one of {', '.join(_ACTIVATIONS)} or a class of torch.nn")
-    return kind()
 
 
 def perceptron(
@@ -522,33 +481,10 @@ def regularization(model: nn.Module, *, embedding: float | str = 0.0, net: float
     parameters = list(model.parameters())
     tables = {p for module in model.modules() if isinstance(module, FieldEmbedding) for p in module.parameters()}
     groups = ((embedding, [p for p in parameters if p in tables]), (net, [p for p in parameters if p not in tables]))
-    terms = [
-        weight / power * p.abs().pow(power).sum()
-        for how, group in groups
-        for power, weight in regularizers(how).items()
-        if weight
-        for p in group
-    ]
-    return torch.stack(terms).sum() if terms else parameters[0].new_zeros(())
-
-
-def regularizers(how: float | str) -> dict[int, float]:
-    """Weights by power: 1e-5 and "l2(1e-5)" are {2: 1e-5}, "l1_l2(1e-4,1e-5)" is {1: 1e-4, 2: 1e-5}.
-
-    Raises:
-        ValueError: for another form.
-    """
-    if not isinstance(how, str):
-        return {2: float(how)}
-    found = re.fullmatch(r"l([12])\(([^,()]+)\)|l1_l2\(([^,()]+),([^,()]+)\)", how.replace(" ", ""))
-    try:
-        if found and found[1]:
-            return {int(found[1]): float(found[2])}
-        if found:
-            return {1: float(found[3]), 2: float(found[4])}
-        return {2: float(how)}
-    except ValueError:
-        raise ValueError(f"regularizer {how!r}: it must be a number, l1(x), l2(x) or l1_l2(x,y)") from None
+    total = parameters[0].new_zeros(())
+    for how, group in groups:
+        total = total + penalty(group, parse_regularizer(how))
+    return total
 
 
 def attention_maps(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from penstock.errors import UserError
 from penstock.nn.checkpoints import load_strict, rename
+from penstock.nn.fuxictr import Regularizer
 from penstock.systems.recommendation.finalmlp.model import (
     Activations,
     Context,
@@ -25,7 +26,6 @@ from penstock.systems.recommendation.finalmlp.model import (
     FinalMLP,
     Norm,
     Perceptron,
-    Regularizer,
 )
 
 #: The authors' key -> ours, but for tables.

@@ -11,8 +11,7 @@ P, Q widths of the two streams' outputs, H heads, O outputs.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Literal, TypeAlias
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from penstock.gates import Gate
 from penstock.nn.embeddings import FieldEmbedding
+from penstock.nn.fuxictr import Regularizer, activation, parse_regularizer, penalty
 
 #: One activation for all hidden layers, or one each; ``None`` leaves it out.
 Activations: TypeAlias = str | Sequence[str | None] | None
@@ -31,8 +31,6 @@ Activations: TypeAlias = str | Sequence[str | None] | None
 Dropouts: TypeAlias = float | Sequence[float]
 #: None, after each hidden layer's linear map, or once on the input.
 Norm: TypeAlias = bool | Literal["input"]
-#: A weight of half the sum of squares, or "l1(x)", "l2(x)", "l1_l2(x,y)".
-Regularizer: TypeAlias = float | str | None
 
 _EMBEDDING_STD = 1e-4
 
@@ -146,47 +144,6 @@ def check_fields(field_sizes: Sequence[int], num_numeric: int, num_sequences: in
 
 
 # -- perceptrons ---------------------------------------------------------------------------------------------
-
-
-class Dice(nn.Module):
-    """x (p + alpha (1 - p)) with p = sigmoid of the normalised x: (B, X) -> (B, X) (Zhou et al. 2018, eq. 3)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(dim, affine=False, eps=1e-9, momentum=0.01)
-        self.alpha = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x_BX: Tensor) -> Tensor:
-        p_BX = self.bn(x_BX).sigmoid()
-        return x_BX * (p_BX + self.alpha * (1 - p_BX))
-
-
-def activation(name: str, dim: int) -> nn.Module:
-    """A fresh activation for a layer of width ``dim``.
-
-    Args:
-        name: relu, sigmoid, tanh, softmax, prelu or dice in any case, or the name of a class in ``torch.nn``.
-
-    Raises:
-        ValueError: for a name that is neither.
-    """
-    known: dict[str, Callable[[], nn.Module]] = {
-        "relu": nn.ReLU,
-        "sigmoid": nn.Sigmoid,
-        "tanh": nn.Tanh,
-        "softmax": partial(nn.Softmax, dim=-1),
-        "prelu": partial(nn.PReLU, dim, init=0.1),
-        "dice": partial(Dice, dim),
-    }
-    if name.lower() in known:
-        return known[name.lower()]()
-    try:
-        made = getattr(nn, name)()
-    except (AttributeError, TypeError):
-        made = None
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"activation {name!r}: it must be one of {', '.join(known)}, or an activation of torch.nn")
-    return made
 
 
 class Perceptron(nn.Sequential):
@@ -380,38 +337,8 @@ class ClickMLP(nn.Module):
             (self.embedding_penalties, self.embedding_parameters()),
             (self.net_penalties, self.net_parameters()),
         ):
-            for power, weight in penalties:
-                total = total + weight / power * _power_sum(parameters, power)
+            total = total + penalty(parameters, penalties)
         return total
-
-
-def _power_sum(parameters: Iterable[Tensor], power: int) -> Tensor:
-    return torch.stack([w.abs().sum() if power == 1 else w.square().sum() for w in parameters]).sum()
-
-
-def parse_regularizer(regularizer: Regularizer) -> list[tuple[int, float]]:
-    """(power, weight) of each term.
-
-    Args:
-        regularizer: a number x (the same as "l2(x)"), "l1(x)", "l2(x)", "l1_l2(x,y)", or ``None``.
-
-    Raises:
-        ValueError: for anything else, or a negative weight.
-    """
-    if regularizer is None:
-        return []
-    text = str(regularizer).replace(" ", "")
-    found = re.fullmatch(r"(?:(l1|l2|l1_l2)\((.+)\)|([^()]+))", text)
-    powers = {"l1": [1], "l2": [2], "l1_l2": [1, 2], None: [2]}[found[1]] if found else []
-    try:
-        weights = [float(part) for part in (found[2] or found[3]).split(",")] if found else []
-    except ValueError:
-        weights = []
-    if not weights or len(weights) != len(powers) or not all(0 <= weight < float("inf") for weight in weights):
-        raise ValueError(
-            f"regularizer {regularizer!r}: it must be a number of 0 or more, 'l1(x)', 'l2(x)' or 'l1_l2(x,y)'"
-        )
-    return [(power, weight) for power, weight in zip(powers, weights, strict=True) if weight]
 
 
 class FinalMLP(ClickMLP, PyTorchModelHubMixin):
