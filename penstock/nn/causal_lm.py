@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -69,6 +69,23 @@ class Span:
     mask: Tensor | None = None
     key_mask: Tensor | None = None
     states: list[State] | None = None
+    _visible: Tensor | None = field(default=None, repr=False)
+
+    def visible(self, length: int, total: int) -> Tensor | None:
+        """Which keys each query sees, (L, T) or (B, 1, L, T); ``None`` where plain causality or all of them says it.
+
+        A padding token sees itself at least. It is the same for every layer of a call, and made once.
+        """
+        if self.key_mask is None and not 1 < length < total:
+            return None
+        if self._visible is None or self._visible.shape[-2:] != (length, total):
+            device = self.positions.device
+            allowed = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+            if self.key_mask is not None:
+                itself = torch.eye(total, dtype=torch.bool, device=device)[total - length :]
+                allowed = (allowed & self.key_mask[:, None, :] | itself)[:, None]
+            self._visible = allowed
+        return self._visible
 
     def state(self, layer: int) -> State | None:
         """What layer number ``layer`` remembers; it overwrites entries to remember more."""
@@ -198,13 +215,7 @@ def causal_attention(
             v_BGLK = torch.cat([state["values"], v_BGLK], 2)
         state["keys"], state["values"] = k_BGLK, v_BGLK
     length, total = q_BHLK.shape[2], k_BGLK.shape[2]
-    key_mask = None if span is None else span.key_mask
-    allowed = None
-    if key_mask is not None or 1 < length < total:
-        allowed = torch.ones(length, total, dtype=torch.bool, device=q_BHLK.device).tril(total - length)
-        if key_mask is not None:
-            itself = torch.eye(total, dtype=torch.bool, device=q_BHLK.device)[total - length :]
-            allowed = (allowed & key_mask[:, None, :] | itself)[:, None]
+    allowed = None if span is None else span.visible(length, total)
     return F.scaled_dot_product_attention(
         q_BHLK,
         k_BGLK,
