@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from penstock.nn.fuxictr import Dice, activation, parse_regularizer, penalty
+from penstock.nn.embeddings import FieldEmbedding
+from penstock.nn.fuxictr import Dice, activation, add_regularization, parse_regularizer, regularization
 
 
 def test_activations_by_name() -> None:
@@ -31,8 +32,37 @@ def test_regularizers_are_read_as_fuxictr_writes_them() -> None:
             parse_regularizer(wrong)
 
 
-def test_a_penalty_is_its_sum() -> None:
-    a, b = torch.randn(3, 2), torch.randn(4)
-    right = 0.1 * (a.abs().sum() + b.abs().sum()) + 0.2 / 2 * (a.square().sum() + b.square().sum())
-    torch.testing.assert_close(penalty([a, b], parse_regularizer("l1_l2(0.1, 0.2)")), right)
-    assert penalty([a], []) == 0
+class Small(nn.Module):
+    def __init__(self, *, sparse: bool = False) -> None:
+        super().__init__()
+        self.embedding = FieldEmbedding(6, 3, zero_ids=[0])
+        self.embedding.table.sparse = sparse
+        self.out = nn.Linear(6, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.embedding(ids).flatten(1)).squeeze(1)
+
+
+def test_a_penalty_is_its_sum_over_tables_and_over_the_rest() -> None:
+    net = Small()
+    table, rest = net.embedding.table.weight, [net.out.weight, net.out.bias]
+    right = 0.1 * table.abs().sum() + 0.2 / 2 * table.square().sum() + 0.3 / 2 * sum(p.square().sum() for p in rest)
+    torch.testing.assert_close(regularization(net, embedding="l1_l2(0.1, 0.2)", net=0.3), right)
+    assert float(regularization(net)) == 0
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_of_a_penalty_are_added_lazily_where_the_gradient_is_sparse(sparse: bool) -> None:
+    options = {"embedding": "l1_l2(0.1, 0.2)", "net": 0.3}
+    torch.manual_seed(0)
+    net, ids = Small(sparse=sparse), torch.tensor([[1, 4], [4, 3], [0, 1]])
+    net(ids).square().sum().backward()
+    plain = {name: p.grad.to_dense().clone() for name, p in net.named_parameters() if p.grad is not None}
+    add_regularization(net, **options)
+    penalties = torch.autograd.grad(regularization(net, **options), list(net.parameters()))
+    for (name, p), own in zip(net.named_parameters(), penalties, strict=True):
+        assert p.grad is not None
+        if sparse and name == "embedding.table.weight":
+            assert p.grad.is_sparse
+            own = own * torch.tensor([1.0, 1, 0, 1, 1, 0])[:, None]
+        torch.testing.assert_close(p.grad.to_dense(), plain[name] + own)

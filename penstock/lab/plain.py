@@ -16,8 +16,7 @@ from penstock.data.tables import TableConfig, read_table
 from penstock.lab.results import Effect, Results
 from penstock.lab.system import System
 from penstock.nn.click_models import CLICK_MODELS, ClickModel
-from penstock.tasks.base import Training
-from penstock.tasks.click_prediction import ClickPrediction
+from penstock.tasks.click_prediction import ClickPrediction, ClickTraining
 
 
 @dataclass
@@ -35,8 +34,8 @@ class ClickModelConfig:
     data: ClickLogConfig = field(default_factory=ClickLogConfig)
     table: TableConfig = field(default_factory=TableConfig)
     """Your own table."""
-    train: Training = field(
-        default_factory=lambda: Training(
+    train: ClickTraining = field(
+        default_factory=lambda: ClickTraining(
             steps=0,
             epochs=15,
             batch_size=256,

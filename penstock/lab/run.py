@@ -45,6 +45,7 @@ from penstock.lab.train import (
     test,
     train_stage,
 )
+from penstock.ops.workspace import keep_freed_memory
 
 #: Batches of the test split on which gates are watched for the final statistics.
 _WATCHED_BATCHES = 20
@@ -144,6 +145,7 @@ class Job:
     def execute(self, folder: RunFolder) -> dict[str, Any]:
         """Train, test and judge; returns what stands in ``results.json``."""
         hush()
+        keep_freed_memory()
         with threads(self.options.hardware.threads or self.system.threads):
             return self._execute(folder)
 

@@ -6,23 +6,59 @@ M = F + N + S fields, K rows of the table looked up, D embedding width, P = M(M-
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from penstock.gates import observed
+from penstock.ops.rectified_linear import rectified_linear
+from penstock.ops.rows import lookup
+
+
+class RowTable(nn.Embedding):
+    """A table of embeddings, some rows of which are zero and never learn: ids (...) int64 -> (..., D).
+
+    With ``sparse`` set, its gradient is sparse and coalesced: for `penstock.nn.lazy_adam.LazyAdam`.
+
+    Args:
+        num_ids: rows.
+        dim: width D.
+        zero_ids: which rows are zero.
+    """
+
+    zero_ids: Tensor
+
+    def __init__(self, num_ids: int, dim: int, zero_ids: Sequence[int] = ()) -> None:
+        super().__init__(num_ids, dim)
+        nn.init.xavier_uniform_(self.weight)
+        self.register_buffer("zero_ids", torch.tensor(sorted(set(zero_ids)), dtype=torch.int64), persistent=False)
+        self.clear_zeros()
+
+    @torch.no_grad()
+    def clear_zeros(self) -> None:
+        """Set the rows that are zero to zero, after all were drawn anew."""
+        self.weight.index_fill_(0, self.zero_ids, 0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        fixed = self.zero_ids if len(self.zero_ids) else None
+        return lookup(self.weight, input, fixed=fixed, sparse=self.sparse)
 
 
 class FieldEmbedding(nn.Module):
     """All fields of a row as vectors of one table, each row of the table gated if there is a gate.
 
     An id is the number of a row of the table. A number x is x times its field's row; a sequence is the mean of its
-    items' rows, zero if it has none.
+    items' rows, zero if it has none. A row that is zero (a missing value's, say) stays so.
 
     Args:
         num_ids: rows of the table, over all fields.
         dim: width D.
         numeric_ids: the row of each numeric field (N).
         padding_ids: the id that pads each sequence field (S).
+        zero_ids: ids whose rows are zero and never learn.
         gate: maps ids (B, K) to the gates (B, K, 1) of their rows.
 
     Shapes: ids (B, F) int64, numeric (B, N), sequences (B, S, L) int64 -> (B, M, D), in this order.
@@ -38,16 +74,17 @@ class FieldEmbedding(nn.Module):
         *,
         numeric_ids: Sequence[int] = (),
         padding_ids: Sequence[int] = (),
+        zero_ids: Sequence[int] = (),
         gate: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if num_ids < 1 or dim < 1:
             raise ValueError(f"num_ids={num_ids} and dim={dim} must be 1 or more")
-        if outside := [i for i in (*numeric_ids, *padding_ids) if not 0 <= i < num_ids]:
-            raise ValueError(f"numeric_ids and padding_ids must be from 0 to {num_ids - 1}; {outside[0]} is not")
+        for name, rows in (("numeric_ids", numeric_ids), ("padding_ids", padding_ids), ("zero_ids", zero_ids)):
+            if outside := [i for i in rows if not 0 <= i < num_ids]:
+                raise ValueError(f"{name} must be from 0 to {num_ids - 1}; {outside[0]} is not")
         self.num_ids = num_ids
-        self.table = nn.Embedding(num_ids, dim)
-        nn.init.xavier_uniform_(self.table.weight)
+        self.table = RowTable(num_ids, dim, zero_ids)
         self.gate = gate
         for name, rows in (("numeric_ids", numeric_ids), ("padding_ids", padding_ids)):
             self.register_buffer(name, torch.tensor(rows, dtype=torch.int64), persistent=False)
@@ -101,6 +138,37 @@ def check_ids(ids: Tensor, num_ids: int) -> None:
         raise ValueError(f"id {ids[row, place].item()} of field {place} is outside the table's 0 .. {num_ids - 1}")
 
 
+def run_layers(layers: nn.Sequential, x_BX: Tensor, first_weight: Tensor | None = None) -> Tensor:
+    """What a perceptron's layers give, each Linear with the ReLU and dropout behind it in one pass: (B, X) -> (B, Y).
+
+    Args:
+        layers: any modules.
+        x_BX: input.
+        first_weight: takes the place of the first layer's weight, which is then a Linear.
+    """
+    waiting = deque(layers)
+    weight = first_weight
+    while waiting:
+        layer = waiting.popleft()
+        if not isinstance(layer, nn.Linear) or (weight is None and observed(layer)):
+            x_BX = layer(x_BX)
+            continue
+        weight = layer.weight if weight is None else weight
+        if layer.bias is not None and _next_is(waiting, nn.ReLU):
+            waiting.popleft()
+            dropout = waiting.popleft() if _next_is(waiting, nn.Dropout) else None
+            rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            x_BX = rectified_linear(x_BX, weight, layer.bias, dropout=rate)
+        else:
+            x_BX = F.linear(x_BX, weight, layer.bias)
+        weight = None
+    return x_BX
+
+
+def _next_is(waiting: deque[nn.Module], kind: type[nn.Module]) -> bool:
+    return bool(waiting) and type(waiting[0]) is kind and not observed(waiting[0])
+
+
 class MLP(nn.Sequential):
     """Linear, [BatchNorm], ReLU, Dropout for each hidden layer, then, if asked for, a linear output: (B, X) -> (B, Y).
 
@@ -128,6 +196,9 @@ class MLP(nn.Sequential):
             layers.append(nn.Linear(dim, output))
         super().__init__(*layers)
         self.width = output or dim
+
+    def forward(self, x_BX: Tensor) -> Tensor:
+        return run_layers(self, x_BX)
 
 
 class CrossNetwork(nn.Module):

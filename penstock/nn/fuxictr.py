@@ -6,12 +6,15 @@ Shape legend: B batch, X width.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from penstock.nn.embeddings import FieldEmbedding
+from penstock.ops.rows import rows_of, sparse_rows
 
 #: A weight of half the sum of squares, or "l1(x)", "l2(x)", "l1_l2(x,y)".
 Regularizer: TypeAlias = float | str | None
@@ -58,14 +61,52 @@ def activation(name: str, dim: int) -> nn.Module:
     return made
 
 
-def penalty(parameters: Iterable[Tensor], terms: Iterable[tuple[int, float]]) -> Tensor | float:
-    """Sum of (weight / power) |w|^power over all numbers of ``parameters`` and all ``terms``, see `parse_regularizer`."""
-    parameters = list(parameters)
-    return sum(
-        weight / power * (w.abs().sum() if power == 1 else w.square().sum())
-        for power, weight in terms
-        for w in parameters
-    )
+def regularization(model: nn.Module, *, embedding: Regularizer = None, net: Regularizer = None) -> Tensor:
+    """FuxiCTR's penalty: sum of (lambda / p) |w|^p over embeddings and first-order weights, and over all else.
+
+    Args:
+        model: its tables are the parameters of its `FieldEmbedding`s.
+        embedding: lambda with p = 2, or "l1(x)", "l2(x)" or "l1_l2(x,y)".
+        net: the same for all other parameters.
+
+    Raises:
+        ValueError: for another form.
+    """
+    total = next(model.parameters()).new_zeros(())
+    for w, terms in _penalised(model, embedding, net):
+        for power, weight in terms:
+            total = total + weight / power * (w.abs().sum() if power == 1 else w.square().sum())
+    return total
+
+
+@torch.no_grad()
+def add_regularization(model: nn.Module, *, embedding: Regularizer = None, net: Regularizer = None) -> None:
+    """Add the gradients of `regularization` to those that are there: the same, in one pass over the weights.
+
+    Of a table with a sparse gradient only the rows in it are penalised (the lazy form).
+    """
+    for w, terms in _penalised(model, embedding, net):
+        for power, weight in terms:
+            if w.grad is None:
+                w.grad = torch.zeros_like(w)
+            if w.grad.is_sparse:
+                rows_U, grad_UD = rows_of(w.grad)
+                own_UD = w[rows_U]
+                grad_UD.add_(own_UD.sign() if power == 1 else own_UD, alpha=weight)
+                w.grad = sparse_rows(rows_U, grad_UD, len(w))
+            else:
+                w.grad.add_(w.sign() if power == 1 else w, alpha=weight)
+
+
+def _penalised(
+    model: nn.Module, embedding: Regularizer, net: Regularizer
+) -> Iterator[tuple[nn.Parameter, list[tuple[int, float]]]]:
+    """Every trained parameter that has a penalty, and its (power, weight)s."""
+    tables = {p for module in model.modules() if isinstance(module, FieldEmbedding) for p in module.parameters()}
+    of_tables, of_net = parse_regularizer(embedding), parse_regularizer(net)
+    for p in model.parameters():
+        if p.requires_grad and (terms := of_tables if p in tables else of_net):
+            yield p, terms
 
 
 def parse_regularizer(regularizer: Regularizer) -> list[tuple[int, float]]:

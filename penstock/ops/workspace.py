@@ -5,6 +5,8 @@ Page faults of fresh memory cost as much as the products that are to be computed
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import threading
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 _KEPT_BYTES = 2**24
 _threads = threading.local()
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def workspace(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -21,3 +24,15 @@ def workspace(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if getattr(_threads, "memory", None) is None:
         _threads.memory = torch.empty(_KEPT_BYTES, dtype=torch.uint8)
     return _threads.memory[: size * dtype.itemsize].view(dtype)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, instead of handing it back and getting it again page by page.
+
+    Large tensors that live for a step are otherwise fresh memory each time: a training step of wide layers on the CPU
+    is a quarter slower for it. Peak memory grows a little, and does not fall again. Only where the C library is GNU's.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option, value in ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, 2**31 - 1)):
+            library.mallopt(option, value)

@@ -6,6 +6,7 @@ Shape legend: B batch, F fields with one id a row, N numeric fields, S sequences
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,14 +18,28 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC
 
+from penstock.data.base import Data
 from penstock.data.schema import TableBatch
 from penstock.data.tables import read_rows
-from penstock.tasks.base import Task
+from penstock.errors import UserError
+from penstock.nn.embeddings import RowTable
+from penstock.nn.lazy_adam import LazyAdam
+from penstock.ops.rows import rows_of
+from penstock.tasks.base import Task, Training
 from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC
 from penstock.tasks.search import RetrainStage, SearchStage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+@dataclass
+class ClickTraining(Training):
+    """How a click model is trained."""
+
+    lazy_embeddings: bool = False
+    """With adam and adamw: in a step, embeddings (their moments and decay too) of rows that the batch does not hold are left
+    alone, so that a step does not cost more with a larger vocabulary. Default: all learn in every step, as published."""
 
 
 class ClickPrediction(Task):
@@ -37,6 +52,15 @@ class ClickPrediction(Task):
 
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("auc", "max")
     leaderboard: ClassVar[Mapping[str, Literal["min", "max"]]] = {"auc": "max", "log_loss": "min"}
+
+    def __init__(self, model: nn.Module, train: Training, data: Data) -> None:
+        super().__init__(model, train, data)
+        self.lazy = isinstance(train, ClickTraining) and train.lazy_embeddings
+        if self.lazy and train.optimizer == "sgd":
+            raise UserError("--train.lazy-embeddings goes with --train.optimizer adam or adamw, not sgd")
+        for module in model.modules():
+            if isinstance(module, RowTable):
+                module.sparse = self.lazy
 
     def step(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
         logits_B = self.model(*self.inputs(batch))
@@ -62,6 +86,23 @@ class ClickPrediction(Task):
 
     def inputs(self, batch: TableBatch) -> tuple[Any, ...]:
         return model_inputs(batch)
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if not self.lazy:
+            return super().make_optimizer(groups)
+        train = self.train_config
+        return LazyAdam(groups, lr=train.lr, decoupled_weight_decay=train.optimizer == "adamw")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.lazy and gradient_clip_val:
+            clip_norm([p.grad for p in self.model.parameters() if p.grad is not None], float(gradient_clip_val))
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def figures(self) -> dict[str, Figure]:
         device = next(self.model.parameters()).device
@@ -90,6 +131,14 @@ class ClickPrediction(Task):
         ]
         score = np.concatenate([*scores, np.empty(0)])
         return pl.DataFrame({"row": np.arange(1, len(score) + 1), "score": score})
+
+
+def clip_norm(grads: list[Tensor], longest: float) -> None:
+    """Scale gradients, sparse ones among them, down to a norm of ``longest`` over all; as `torch.nn.utils.clip_grad_norm_`."""
+    parts = [rows_of(g)[1] if g.is_sparse else g for g in grads]
+    factor = longest / (torch.nn.utils.get_total_norm(parts) + 1e-6)
+    for grad in grads:
+        grad.mul_(factor.clamp_max(1.0))
 
 
 def model_inputs(batch: TableBatch) -> tuple[Tensor, ...]:

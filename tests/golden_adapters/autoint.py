@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from penstock.gates import watch
 from penstock.nn.checkpoints import rename
+from penstock.nn.fuxictr import regularization
 from penstock.systems.recommendation.autoint.checkpoint import (
     AUTHORS_KEYS,
     FuxiFields,
@@ -16,7 +17,7 @@ from penstock.systems.recommendation.autoint.checkpoint import (
     layer_from_authors,
     to_authors,
 )
-from penstock.systems.recommendation.autoint.model import AutoInt, InteractingLayer, regularization
+from penstock.systems.recommendation.autoint.model import AutoInt, InteractingLayer
 from tests.golden_adapters import refuse_unknown
 
 Tensors = dict[str, Tensor]

@@ -17,7 +17,7 @@ from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.gates import force
 from penstock.lab.results import Effect, Results
 from penstock.lab.system import Stage, System, Trial
-from penstock.nn.fuxictr import parse_regularizer
+from penstock.nn.fuxictr import add_regularization, parse_regularizer
 from penstock.systems.recommendation.autoint import crosses
 from penstock.systems.recommendation.autoint.model import (
     FM,
@@ -26,10 +26,9 @@ from penstock.systems.recommendation.autoint.model import (
     Dialect,
     FieldAttention,
     attention_maps,
-    regularization,
 )
 from penstock.tasks.base import Task, Training
-from penstock.tasks.click_prediction import ClickPrediction
+from penstock.tasks.click_prediction import ClickPrediction, ClickTraining
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
 _MAP_BATCHES, _ADDITIVITY_ROWS = 10, 500
 
 
-def _training(**changes: Any) -> Training:
+def _training(**changes: Any) -> ClickTraining:
     """Adam at a flat rate, early stopping after two epochs without a better AUC."""
     usual: dict[str, Any] = {"steps": 0, "epochs": 25, "batch_size": 250, "optimizer": "adam", "lr": 1e-2}
     usual |= {"schedule": "constant", "clip_norm": 0.0, "patience": 2}
-    return Training(**usual | changes)
+    return ClickTraining(**usual | changes)
 
 
 @dataclass
@@ -91,7 +90,7 @@ class AutoIntConfig:
     data: ClickLogConfig = field(default_factory=ClickLogConfig)
     table: TableConfig = field(default_factory=TableConfig)
     """Your own table."""
-    train: Training = field(default_factory=_training)
+    train: ClickTraining = field(default_factory=_training)
 
 
 def _bars(batch_size: int, min_count: int, regularizer: float, **options: Any) -> AutoIntConfig:
@@ -175,9 +174,8 @@ class AutoIntTask(ClickPrediction):
         self.embedding_regularizer, self.net_regularizer = embedding_regularizer, net_regularizer
         self.plateau, self.wide_lr = plateau, wide_lr
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        return loss + regularization(self.model, embedding=self.embedding_regularizer, net=self.net_regularizer)
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        add_regularization(self.model, embedding=self.embedding_regularizer, net=self.net_regularizer)
 
     def _first_order(self) -> list[nn.Parameter]:
         """What has an optimiser of its own."""

@@ -23,11 +23,10 @@ from typing import Any, Literal, get_args
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from penstock.gates import Gate, Table, named_gates, watch
-from penstock.nn.embeddings import FieldEmbedding, factorization
-from penstock.nn.fuxictr import activation, parse_regularizer, penalty
+from penstock.nn.embeddings import FieldEmbedding, factorization, run_layers
+from penstock.nn.fuxictr import activation
 
 Dialect = Literal["paper", "tf", "fuxi"]
 Attention = Literal["learned", "uniform", "closed"]
@@ -195,21 +194,6 @@ class InteractingLayer(nn.Module):
         return (weights_BHMM @ _heads(value(e_BMI), self.num_heads)).transpose(1, 2).flatten(2)
 
 
-class FixedZeros(nn.Module):
-    """Zero for the rows of a table that are zero and never learn, one for all others: ids (B, K) -> (B, K, 1)."""
-
-    kept: Tensor
-
-    def __init__(self, num_ids: int, zero_ids: Sequence[int]) -> None:
-        super().__init__()
-        kept_V1 = torch.ones(num_ids, 1)
-        kept_V1[list(zero_ids)] = 0.0
-        self.register_buffer("kept", kept_V1, persistent=False)
-
-    def forward(self, ids_BK: Tensor) -> Tensor:
-        return F.embedding(ids_BK, self.kept)
-
-
 class FirstOrder(nn.Module):
     """A weight for each feature value, added up (the "wide" part, without bias).
 
@@ -232,7 +216,7 @@ class FirstOrder(nn.Module):
         zero_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.weights = _embedding(num_ids, 1, numeric_ids, padding_ids, zero_ids)
+        self.weights = FieldEmbedding(num_ids, 1, numeric_ids=numeric_ids, padding_ids=padding_ids, zero_ids=zero_ids)
 
     def forward(self, ids_BF: Tensor, numeric_BN: Tensor | None = None, sequences_BSL: Tensor | None = None) -> Tensor:
         w_BM = self.weights(ids_BF, numeric_BN, sequences_BSL).squeeze(-1)
@@ -241,15 +225,6 @@ class FirstOrder(nn.Module):
         items_BS = (sequences_BSL != self.weights.padding_ids[:, None]).sum(-1)
         alone = w_BM.shape[1] - items_BS.shape[1]
         return w_BM[:, :alone].sum(1) + (w_BM[:, alone:] * items_BS).sum(1)
-
-
-def _embedding(
-    num_ids: int, dim: int, numeric_ids: Sequence[int], padding_ids: Sequence[int], zero_ids: Sequence[int]
-) -> FieldEmbedding:
-    if outside := [i for i in zero_ids if not 0 <= i < num_ids]:
-        raise ValueError(f"zero_ids must be from 0 to {num_ids - 1}; {outside[0]} is not")
-    zeros = FixedZeros(num_ids, zero_ids) if zero_ids else None
-    return FieldEmbedding(num_ids, dim, numeric_ids=numeric_ids, padding_ids=padding_ids, gate=zeros)
 
 
 def perceptron(
@@ -346,7 +321,9 @@ class AutoInt(nn.Module, PyTorchModelHubMixin):
         if not attention_dims:
             raise ValueError("attention_dims=(): give the width of one interacting layer or more")
         self.num_fields = num_fields
-        self.embedding = _embedding(num_ids, dim, numeric_ids, padding_ids, zero_ids)
+        self.embedding = FieldEmbedding(
+            num_ids, dim, numeric_ids=numeric_ids, padding_ids=padding_ids, zero_ids=zero_ids
+        )
         self.embedding_dropout = nn.Dropout(embedding_dropout)
         self.layers = nn.ModuleList(
             InteractingLayer(
@@ -388,7 +365,7 @@ class AutoInt(nn.Module, PyTorchModelHubMixin):
             x_BMD = layer(x_BMD)
         logit_B = self.fc(x_BMD.flatten(1)).squeeze(1)
         if self.dnn is not None:
-            logit_B = logit_B + self.dnn(e_BME.flatten(1)).squeeze(1)
+            logit_B = logit_B + run_layers(self.dnn, e_BME.flatten(1)).squeeze(1)
         if self.wide is not None:
             logit_B = logit_B + self.wide(ids_BF, numeric_BN, sequences_BSL)
         return logit_B
@@ -409,14 +386,14 @@ class AutoInt(nn.Module, PyTorchModelHubMixin):
         tables = [(self.embedding.table, (0.01 if original else 1e-4) if std is None else std)]
         if self.wide is not None:
             tables.append((self.wide.weights.table, 0.001 if original else 1e-4))
+        zeros = torch.tensor(zero_ids, dtype=torch.int64, device=tables[0][0].weight.device)
         for table, spread in tables:
             nn.init.normal_(table.weight, std=spread)
             if not original:
                 # FuxiCTR keeps the vector of a number as a linear layer, and starts it as one.
                 for row in numeric_ids:
                     nn.init.normal_(table.weight[row], std=math.sqrt(2 / (1 + table.embedding_dim)))
-            for row in zero_ids:
-                nn.init.zeros_(table.weight[row])
+            table.weight.index_fill_(0, zeros, 0)
 
 
 class FM(nn.Module, PyTorchModelHubMixin):
@@ -465,26 +442,6 @@ def check_numbers(numeric_BN: Tensor) -> None:
         raise ValueError(
             f"numeric field {place} is {numeric_BN[row, place].item()} in row {row}; fill in missing numbers (0 is the mean)"
         )
-
-
-def regularization(model: nn.Module, *, embedding: float | str = 0.0, net: float | str = 0.0) -> Tensor:
-    """FuxiCTR's penalty: (lambda / p) sum |w|^p over embeddings and first-order weights, and over all else.
-
-    Args:
-        model: its tables are the parameters of its `FieldEmbedding`s.
-        embedding: lambda with p = 2, or "l1(x)", "l2(x)" or "l1_l2(x,y)".
-        net: the same for all other parameters.
-
-    Raises:
-        ValueError: for another form.
-    """
-    parameters = list(model.parameters())
-    tables = {p for module in model.modules() if isinstance(module, FieldEmbedding) for p in module.parameters()}
-    groups = ((embedding, [p for p in parameters if p in tables]), (net, [p for p in parameters if p not in tables]))
-    total = parameters[0].new_zeros(())
-    for how, group in groups:
-        total = total + penalty(group, parse_regularizer(how))
-    return total
 
 
 def attention_maps(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> dict[str, Tensor]:

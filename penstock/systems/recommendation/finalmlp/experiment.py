@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from penstock.data.base import Data, Source
 from penstock.data.rawtables import did_you_mean
@@ -20,8 +20,8 @@ from penstock.lab.results import Effect, Results
 from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.finalmlp.model import DualMLP, FinalMLP
 from penstock.systems.recommendation.finalmlp.products import ProductLog, ProductLogConfig
-from penstock.tasks.base import Task, Training
-from penstock.tasks.click_prediction import ClickPrediction, model_inputs
+from penstock.tasks.base import Task
+from penstock.tasks.click_prediction import ClickPrediction, ClickTraining, model_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 _PLATEAU, _FLOOR, _MIN_DELTA = 0.1, 1e-6, 1e-6
 
 
-def _training(**changes: Any) -> Training:
+def _training(**changes: Any) -> ClickTraining:
     """Adam without decay, gradients clipped at 10, early stopping after two epochs without a better score."""
     usual: dict[str, Any] = {"steps": 0, "epochs": 20, "batch_size": 250, "optimizer": "adam", "lr": 3e-3}
     usual |= {"schedule": "constant", "clip_norm": 10.0, "patience": 2}
-    return Training(**usual | changes)
+    return ClickTraining(**usual | changes)
 
 
 @dataclass
@@ -82,7 +82,7 @@ class FinalMLPConfig:
     data: ProductLogConfig = field(default_factory=ProductLogConfig)
     table: TableConfig = field(default_factory=TableConfig)
     """Your own table."""
-    train: Training = field(default_factory=_training)
+    train: ClickTraining = field(default_factory=_training)
     """Under the constant schedule the rate falls tenfold after each epoch without a better validation score."""
 
 
@@ -183,9 +183,9 @@ PUBLISHED: dict[str, FinalMLPConfig] = {
 class FinalMLPTask(ClickPrediction):
     """Click prediction with the regulariser of whole tables in every step, and a learning rate that falls on plateaus."""
 
-    def training_step(self, batch: TableBatch, batch_idx: int) -> Tensor:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(self.model, FinalMLP | DualMLP)
-        return super().training_step(batch, batch_idx) + self.model.penalty()
+        self.model.add_penalty()
 
     def configure_optimizers(self) -> Any:
         if self.train_config.schedule != "constant":

@@ -17,19 +17,19 @@ from penstock.gates import Table
 from penstock.lab.results import Effect, Results
 from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.optfs.model import Backbone, OptFSModel
-from penstock.tasks.base import Task, Training
-from penstock.tasks.click_prediction import ClickPrediction, ClickRetrain, ClickSearch
+from penstock.tasks.base import Task
+from penstock.tasks.click_prediction import ClickPrediction, ClickRetrain, ClickSearch, ClickTraining
 from penstock.tasks.search import Search
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _training(**changes: Any) -> Training:
+def _training(**changes: Any) -> ClickTraining:
     """Adam with decay in the gradient, flat rate, early stopping after one epoch without a better AUC."""
     usual: dict[str, Any] = {"steps": 0, "epochs": 15, "batch_size": 256, "optimizer": "adam", "lr": 3e-3}
     usual |= {"weight_decay": 1e-5, "schedule": "constant", "clip_norm": 0.0, "patience": 1}
-    return Training(**usual | changes)
+    return ClickTraining(**usual | changes)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class OptFSConfig:
     data: ClickLogConfig = field(default_factory=ClickLogConfig)
     table: TableConfig = field(default_factory=TableConfig)
     """Your own table."""
-    train: Training = field(default_factory=_training)
+    train: ClickTraining = field(default_factory=_training)
 
 
 #: The published choices (authors' README): learning rate, l2, lambda, final temperature, search epochs, rewind epoch.

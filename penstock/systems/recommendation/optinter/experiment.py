@@ -33,7 +33,7 @@ from penstock.systems.recommendation.optinter.model import (
 )
 from penstock.systems.recommendation.optinter.reading import methods_figure, size_figure
 from penstock.tasks.base import Task, Training
-from penstock.tasks.click_prediction import ClickPrediction
+from penstock.tasks.click_prediction import ClickPrediction, ClickTraining
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,11 +48,11 @@ _ARMS: dict[str, Method] = {
 }
 
 
-def _training(**changes: Any) -> Training:
+def _training(**changes: Any) -> ClickTraining:
     """Adam with L2 on the tables of pairs, flat rate, early stopping after one epoch without a better AUC."""
     usual: dict[str, Any] = {"steps": 0, "epochs": 10, "batch_size": 250, "optimizer": "adam", "lr": 3e-3}
     usual |= {"weight_decay": 0.0, "schedule": "constant", "clip_norm": 0.0, "patience": 1}
-    return Training(**usual | changes)
+    return ClickTraining(**usual | changes)
 
 
 def _log() -> ClickLogConfig:
@@ -112,7 +112,7 @@ class OptInterConfig:
     """Size of the interaction of signal_2 and signal_3 in the simulated click log, which only memorising expresses."""
     table: TableConfig = field(default_factory=TableConfig)
     """Your own table."""
-    train: Training = field(default_factory=_training)
+    train: ClickTraining = field(default_factory=_training)
 
 
 #: The published settings, for ``--preset criteo``; the data are the user's to bring. Continuous fields are standardised

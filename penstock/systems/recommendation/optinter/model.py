@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.gates import Gate
-from penstock.nn.embeddings import FieldEmbedding, check_ids
+from penstock.nn.embeddings import FieldEmbedding, RowTable, check_ids
 from penstock.systems.recommendation.optinter.vocabulary import CrossVocabulary, all_pairs
 
 #: "search" has a gate; the others use one method for every pair.
@@ -201,12 +201,12 @@ class InteractionNet(nn.Module):
         self.pairs = all_pairs(num_fields) if pairs is None else _checked(pairs, num_fields)
         self.method, self.num_fields, self.num_crosses, self.pair_dim = method, num_fields, num_crosses, pair_dim
         self.embedding = FieldEmbedding(num_ids, dim, numeric_ids=numeric_ids, padding_ids=padding_ids)
-        self.cross_table: nn.Embedding | None = None
+        self.cross_table: RowTable | None = None
         if method in ("search", "memorise"):
             if num_crosses < 1:
                 raise ValueError(f"num_crosses={num_crosses}: memorising needs 1 row or more")
-            self.cross_table = nn.Embedding(num_crosses, pair_dim)
-        self.factor_table = nn.Embedding(num_ids, pair_dim) if method in ("search", "factorise") else None
+            self.cross_table = RowTable(num_crosses, pair_dim)
+        self.factor_table = RowTable(num_ids, pair_dim) if method in ("search", "factorise") else None
         self.gate: MethodGate | None = None
         if method == "search":
             self.gate = MethodGate(len(self.pairs), tau=tau, init=alpha_init, gumbel=gumbel)
