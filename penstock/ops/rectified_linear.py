@@ -50,9 +50,9 @@ def rectified_linear(
 
 def _best(x: Tensor, weight: Tensor, dropout: float) -> str:
     plain = x.ndim == 2 and x.dtype == weight.dtype == torch.float32 and dropout < 1
-    if torch.compiler.is_compiling() or not plain or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or not plain or not can_run("rectify", x) or torch.is_autocast_enabled("cpu"):
         return "reference"
-    return "native" if can_run("rectify", x) else "reference"
+    return "native"
 
 
 class _Rectified(torch.autograd.Function):
