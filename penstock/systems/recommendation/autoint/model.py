@@ -24,9 +24,10 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from penstock.gates import Gate, Table, named_gates, watch
+from penstock.gates import Gate, Table, named_gates, observed, watch
 from penstock.nn.embeddings import FieldEmbedding, factorization, run_layers
 from penstock.nn.fuxictr import activation
+from penstock.ops.field_attention import field_attention, merges_values
 
 Dialect = Literal["paper", "tf", "fuxi"]
 Attention = Literal["learned", "uniform", "closed"]
@@ -70,7 +71,7 @@ class FieldAttention(Gate):
         self.scale = head_dim**-0.5 if use_scale else 1.0
         self.query = Projection(input_dim, attention_dim, rectified=rectified)
         self.key = Projection(input_dim, attention_dim, rectified=rectified)
-        self.merged = merges(input_dim, attention_dim, num_heads, rectified=rectified)
+        self.merged = not rectified and merges_values(input_dim, attention_dim, num_heads)
 
     def logits(self, e_BMI: Tensor) -> Tensor:
         """(B, H, M, M) scores before the softmax."""
@@ -85,14 +86,6 @@ class FieldAttention(Gate):
 
     def forward(self, e_BMI: Tensor) -> Tensor:
         return self.logits(e_BMI).softmax(-1)
-
-
-def merges(input_dim: int, attention_dim: int, num_heads: int, *, rectified: bool) -> bool:
-    """Whether it is cheaper to multiply a head's matrices with each other than to project first.
-
-    So it is where a head is wider than its input, and nothing non-linear stands between.
-    """
-    return not rectified and input_dim * num_heads < attention_dim
 
 
 def _heads(x_BMX: Tensor, num_heads: int) -> Tensor:
@@ -169,6 +162,19 @@ class InteractingLayer(nn.Module):
             self.norm = nn.LayerNorm(attention_dim, eps=1e-8 if original else 1e-5)
 
     def forward(self, e_BMI: Tensor) -> Tensor:
+        if isinstance(self.gate, FieldAttention) and self.value is not None and self._unseen():
+            u_BMD = field_attention(
+                e_BMI,
+                self.gate.query.weight,
+                self.gate.key.weight,
+                self.value.weight,
+                self.residual.weight if isinstance(self.residual, Projection) else None,
+                num_heads=self.num_heads,
+                scale=self.gate.scale,
+                identity=isinstance(self.residual, nn.Identity),
+                rectify=self.norm is None,
+            )
+            return u_BMD if self.norm is None else self.norm(u_BMD).relu()
         parts = []
         if self.value is not None:
             parts.append(self.read(e_BMI))
@@ -179,6 +185,11 @@ class InteractingLayer(nn.Module):
             return u_BMD.relu()
         return self.norm(u_BMD.relu()) if self.dialect == "tf" else self.norm(u_BMD).relu()
 
+    def _unseen(self) -> bool:
+        """Whether the fused form gives the same: nothing non-linear or random in the way, and nobody looking."""
+        random = self.training and self.dropout.p > 0
+        return self.dialect != "tf" and not random and not any(map(observed, self.modules()))
+
     def read(self, e_BMI: Tensor) -> Tensor:
         """What the heads bring to each field, (B, M, D), all heads' sums side by side (eq. 6 and 7)."""
         value = self.value
@@ -186,7 +197,7 @@ class InteractingLayer(nn.Module):
         if self.gate is None:
             return value(e_BMI).mean(1, keepdim=True)
         weights_BHMM = self.dropout(self.gate(e_BMI))
-        if merges(value.in_features, value.out_features, self.num_heads, rectified=value.rectified):
+        if not value.rectified and merges_values(value.in_features, value.out_features, self.num_heads):
             # Mixed first, while it is narrow, and projected then.
             mixed_BHMI = weights_BHMM @ e_BMI[:, None]
             value_HPI = value.weight.unflatten(0, (self.num_heads, -1))
