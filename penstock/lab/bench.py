@@ -23,6 +23,7 @@ from torch import nn
 from penstock.errors import UserError, nearest
 from penstock.lab.cards import all_cards
 from penstock.lab.run import environment
+from penstock.ops.workspace import keep_freed_memory
 
 _REPEATS = 9
 _WARM_UP = 40
@@ -36,11 +37,13 @@ class Contest:
         entries: what to time, by name; the first is ours, the ratio of each other to it is printed.
         flops: of one call of the first, to set it against the machine's matrix-product rate; 0 if that says nothing.
         note: what a reader must know (sizes, what is equal).
+        repeats: how often each is timed.
     """
 
     entries: dict[str, Callable[[], Any]]
     flops: float = 0.0
     note: str = ""
+    repeats: int = _REPEATS
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ def bench(names: Sequence[str] = ()) -> dict[str, Any]:
         if not meant:
             raise UserError(f"no benchmark {name!r}; did you mean {' or '.join(nearest(name, known) or known)}?")
         chosen += [one for one in meant if one not in chosen]
+    keep_freed_memory()
     limits = machine()
     results = {}
     for name in chosen or known:
         contest = known[name].make()
-        times = _median(contest.entries)
+        times = _median(contest.entries, contest.repeats)
         first = next(iter(times.values()))
         results[name] = {
             "what": known[name].what,
@@ -137,11 +141,11 @@ def show_bench(result: dict[str, Any]) -> None:
         console.print(Text(f"{name}: {one['what']}. {one['note']}"))
 
 
-def _median(entries: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def _median(entries: dict[str, Callable[[], Any]], repeats: int = _REPEATS) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in entries}
     for call in entries.values():
         call()
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         for name, call in entries.items():
             _synchronise()
             start = time.perf_counter()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penstock.lab.bench import Benchmark, Contest, training_step
-from penstock.systems.recommendation.autoint.model import Attention, AutoInt, InteractingLayer
+from penstock.lab.fuxictr_peer import autoint as peer
+from penstock.lab.fuxictr_peer import contests
+from penstock.systems.recommendation.autoint.model import VARIANTS, Attention, AutoInt, InteractingLayer
 
-_FIELDS, _DIM = 39, 16
+_FIELDS, _DIM, _IDS = 39, 16, 1_000_000
 
 
 class PyTorchLayer(nn.Module):
@@ -68,8 +71,16 @@ def layer() -> Contest:
     )
 
 
+def _beside_fuxictr() -> tuple[Contest, Contest]:
+    torch.manual_seed(0)
+    sizes = [_IDS // _FIELDS] * _FIELDS
+    return contests(partial(VARIANTS["autoint_criteo"], num_ids=sum(sizes)), peer, sizes, "AutoInt")
+
+
 def benchmarks() -> dict[str, Benchmark]:
     return {
+        "autoint_training": Benchmark("AutoInt beside FuxiCTR's: training", lambda: _beside_fuxictr()[0]),
+        "autoint_scores": Benchmark("AutoInt beside FuxiCTR's: scores", lambda: _beside_fuxictr()[1]),
         "autoint": Benchmark("What attention between fields costs a click model", step),
         "autoint_layer": Benchmark("The interacting layer beside PyTorch's attention", layer),
     }

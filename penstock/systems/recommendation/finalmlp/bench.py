@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from penstock.lab.bench import Benchmark, Contest, training_step
-from penstock.systems.recommendation.finalmlp.model import FinalMLP
+from penstock.lab.fuxictr_peer import contests, global_ids, our_step
+from penstock.lab.fuxictr_peer import finalmlp as peer
+from penstock.systems.recommendation.finalmlp.model import CRITEO_X4, VARIANTS, FinalMLP
 
 _BATCH, _FIELDS, _ROWS = 10_000, 39, 2564
 _SIZES: dict[str, Any] = {"dim": 10, "hidden_1": (64,), "hidden_2": (64,), "gate_hidden": (64,), "num_heads": 8}
@@ -40,5 +42,38 @@ def step() -> Contest:
     return Contest(entries, note=note)
 
 
+def _beside_fuxictr() -> tuple[Contest, Contest]:
+    torch.manual_seed(0)
+    return contests(VARIANTS["finalmlp_criteo_x4_001"], peer, CRITEO_X4, "FinalMLP")
+
+
+def updates() -> Contest:
+    """The same batches from vocabularies of several sizes: what a step costs by rows touched and by rows there are."""
+    torch.manual_seed(0)
+    batch, fields, few, many = 4096, 39, 10_000, 1_000_000
+    sizes: dict[str, Any] = {"dim": 16, "hidden_1": (64,), "hidden_2": (64,), "gated": False, "num_heads": 8}
+    labels_B = (torch.rand(batch) < 0.25).float()
+    few_BF = torch.stack([torch.randint(1, few // fields, (batch,)) for _ in range(fields)], 1)
+    entries: dict[str, Callable[[], None]] = {}
+    for name, vocabulary, spread, lazy in (
+        (f"{few:,} ids", few, 1, True),
+        (f"{many:,} ids, as many rows touched", many, many // few, True),
+        (f"{many:,} ids, drawn evenly", many, 0, True),
+        (f"{many:,} ids, whole tables", many, many // few, False),
+    ):
+        each = [vocabulary // fields] * fields
+        ids_BF = few_BF * spread if spread else torch.randint(1, vocabulary // fields, (batch, fields))
+        entries[name] = our_step(FinalMLP(each, **sizes), global_ids(ids_BF, each), labels_B, lazy=lazy)
+    note = (
+        f"Training step of two streams of 64, batch {batch:,}, {fields} fields, width 16; the last updates every row."
+    )
+    return Contest(entries, note=note)
+
+
 def benchmarks() -> dict[str, Benchmark]:
-    return {"finalmlp": Benchmark("Gates on the flat embedding of two streams", step)}
+    return {
+        "finalmlp": Benchmark("Gates on the flat embedding of two streams", step),
+        "finalmlp_training": Benchmark("FinalMLP beside FuxiCTR's: training", lambda: _beside_fuxictr()[0]),
+        "finalmlp_scores": Benchmark("FinalMLP beside FuxiCTR's: scores", lambda: _beside_fuxictr()[1]),
+        "embedding_updates": Benchmark("A step's cost by rows touched, not by the vocabulary", updates),
+    }
