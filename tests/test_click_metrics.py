@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from penstock.cli import main
-from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC
+from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC, LogLossError
 
 
 def rows(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -36,13 +36,16 @@ def test_group_auc_is_the_weighted_mean_of_the_groups() -> None:
             areas.append(roc_auc_score(labels[own], scores[own]))
             weights.append(int(own.sum()))
     assert len(areas) < len(groups.unique()), "some group has one label and is left out"
-    assert float(metric.compute()) == pytest.approx(np.average(areas, weights=weights), abs=1e-6)
+    mean = np.average(areas, weights=weights)
+    assert float(metric.compute()["group_auc"]) == pytest.approx(mean, abs=1e-6)
+    error = np.sqrt(np.sum((np.array(weights) * (np.array(areas) - mean)) ** 2)) / np.sum(weights)
+    assert float(metric.compute()["group_auc_error"]) == pytest.approx(error, rel=1e-5)
 
 
 def test_without_a_group_of_both_labels_there_is_no_group_auc() -> None:
     metric = GroupAUC()
     metric.update(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]), torch.tensor([0, 1]))
-    assert math.isnan(float(metric.compute()))
+    assert math.isnan(float(metric.compute()["group_auc"]))
 
 
 def test_the_error_of_the_auc_is_delongs() -> None:
@@ -66,7 +69,27 @@ def test_calibration_is_predicted_over_observed() -> None:
     metric = Calibration()
     metric.update(torch.tensor([0.2, 0.4]), torch.tensor([0, 1]))
     metric.update(torch.tensor([0.9]), torch.tensor([1]))
-    assert float(metric.compute()) == pytest.approx(1.5 / 2)
+    assert float(metric.compute()["calibration"]) == pytest.approx(1.5 / 2)
+
+
+def test_errors_of_calibration_and_log_loss_are_how_much_they_vary() -> None:
+    def drawn(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        make = torch.Generator().manual_seed(seed)
+        p = 0.05 + 0.9 * torch.rand(500, generator=make)
+        return p, (torch.rand(500, generator=make) < 0.8 * p).long()
+
+    def log_loss(p: torch.Tensor, y: torch.Tensor) -> float:
+        return float(torch.nn.functional.binary_cross_entropy(p, y.float()))
+
+    samples = [drawn(seed) for seed in range(400)]
+    ratio, loss = Calibration(), LogLossError()
+    for metric in (ratio, loss):
+        p, y = drawn(1000)
+        for part in torch.arange(500).split(170):
+            metric.update(p[part], y[part])
+    ratios = [float(p.sum() / y.sum()) for p, y in samples]
+    assert float(ratio.compute()["calibration_error"]) == pytest.approx(np.std(ratios), rel=0.15)
+    assert float(loss.compute()) == pytest.approx(np.std([log_loss(p, y) for p, y in samples]), rel=0.15)
 
 
 def test_a_column_of_users_gives_the_auc_within_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
         if arm.get("failed") and not arm["metrics"]:
             table.add_row(Text(name), Text("stopped: " + next(iter(arm["failed"].values())), style="red"))
             continue
-        metrics = [_spread(arm["metrics"].get(m)) for m in board]
+        metrics = [_spread(arm["metrics"], m) for m in board]
         table.add_row(Text(name), *metrics, *(number(arm["cost"].get(c)) for c in columns))
     console.print(table)
     gated = next((arm for arm in results["arms"].values() if arm["gates"]), None)
@@ -66,7 +66,7 @@ def show_leaderboard(board: dict[str, Any], folder: Path) -> None:
     for row in board["rows"]:
         table.add_row(
             Text(row["name"]),
-            *(_spread(row["metrics"].get(m)) for m in metrics),
+            *(_spread(row["metrics"], m) for m in metrics),
             *(number(row["cost"].get(c)) for c in extra),
             *(number(row["speed"].get(name)) for name in speeds),
         )
@@ -81,10 +81,17 @@ def _table(title: str, columns: list[str]) -> RichTable:
     return table
 
 
-def _spread(metric: dict[str, Any] | None) -> str:
+def _spread(metrics: dict[str, Any], name: str) -> str:
+    """Mean and standard deviation over seeds; of one seed, the 95% interval over test rows where there is one."""
+    metric, error = metrics.get(name), metrics.get(f"{name}_error")
     if metric is None:
         return "-"
-    return number(metric["mean"]) + (f" ± {metric['std']:.2g}" if len(metric["values"]) > 1 else "")
+    mean = metric["mean"]
+    if len(metric["values"]) > 1:
+        return f"{number(mean)} ± {metric['std']:.2g}"
+    if error is None or not math.isfinite(error["mean"]):
+        return number(mean)
+    return f"{number(mean)} [{number(mean - 1.96 * error['mean'])}, {number(mean + 1.96 * error['mean'])}]"
 
 
 def _gate_table(gates: list[dict[str, Any]]) -> RichTable:

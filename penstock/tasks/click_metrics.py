@@ -12,6 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+_SUMS = ("predicted", "observed", "squares", "products")
+
 
 class AUCError(Metric):
     """Standard error of the area under the ROC curve over the choice of rows (DeLong et al. 1988).
@@ -46,9 +48,10 @@ class AUCError(Metric):
 
 
 class GroupAUC(Metric):
-    """Mean area under the ROC curve within groups (users, sessions), weighted by their rows.
+    """Mean area under the ROC curve within groups (users, sessions), weighted by their rows, and its standard error.
 
     Groups whose rows all have one label have no such area and are left out, as usual (Zhu et al. 2017).
+    The error is over the choice of groups, however alike the rows of one are.
     """
 
     scores: list[Tensor]
@@ -66,8 +69,8 @@ class GroupAUC(Metric):
         self.labels.append(labels_B)
         self.groups.append(groups_B)
 
-    def compute(self) -> Tensor:
-        """Of all rows so far; NaN if no group has both labels."""
+    def compute(self) -> dict[str, Tensor]:
+        """``group_auc`` and ``group_auc_error`` of all rows so far; NaN if no group has both labels."""
         scores, labels, groups = (dim_zero_cat(x) for x in (self.scores, self.labels, self.groups))
         _, group = groups.unique(return_inverse=True)
         number = int(group.max()) + 1
@@ -88,28 +91,62 @@ class GroupAUC(Metric):
         negatives = rows - positives
         both = (positives > 0) & (negatives > 0)
         area = (total - positives * (positives + 1) / 2) / (positives * negatives)
-        return (area[both] * rows[both]).sum().div(rows[both].sum()).float()
+        area, weight = area[both], rows[both] / rows[both].sum()
+        mean = (area * weight).sum() if len(area) else torch.tensor(math.nan)
+        error = (weight * (area - mean)).square().sum().sqrt()
+        return {"group_auc": mean.float(), "group_auc_error": error.float()}
 
 
 class Calibration(Metric):
-    """Mean predicted over mean observed label: 1 is right on the whole, above it clicks are promised that do not come."""
+    """Mean predicted over mean observed label, and its standard error.
 
-    predicted: Tensor
-    observed: Tensor
+    1 is right on the whole, above it clicks are promised that do not come.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("predicted", "observed"):
+        for name in _SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, probabilities_B: Tensor, labels_B: Tensor) -> None:
         """Take in probabilities and labels 0 or 1."""
-        self.predicted += probabilities_B.detach().double().sum()
-        self.observed += labels_B.double().sum()
+        p_B, y_B = probabilities_B.detach().double(), labels_B.double()
+        for name, x_B in zip(_SUMS, (p_B, y_B, p_B.square(), p_B * y_B), strict=True):
+            setattr(self, name, getattr(self, name) + x_B.sum())
+
+    def compute(self) -> dict[str, Tensor]:
+        """``calibration`` and ``calibration_error`` (of a ratio of means, to first order) of all rows so far."""
+        predicted, observed, squares, products = (getattr(self, name) for name in _SUMS)
+        ratio = predicted / observed
+        # The sum of (p - ratio y)^2, in which y^2 is y.
+        around = squares - 2 * ratio * products + ratio.square() * observed
+        return {"calibration": ratio.float(), "calibration_error": (around.clamp_min(0).sqrt() / observed).float()}
+
+
+class LogLossError(Metric):
+    """Standard error of the mean log loss over the choice of rows."""
+
+    rows: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("rows", "total", "squares"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, probabilities_B: Tensor, labels_B: Tensor) -> None:
+        """Take in probabilities and labels 0 or 1."""
+        p_B = probabilities_B.detach().double()
+        loss_B = -torch.where(labels_B > 0, p_B, 1 - p_B).clamp_min(torch.finfo(p_B.dtype).tiny).log()
+        self.rows += len(loss_B)
+        self.total += loss_B.sum()
+        self.squares += loss_B.square().sum()
 
     def compute(self) -> Tensor:
         """Of all rows so far."""
-        return (self.predicted / self.observed).float()
+        mean = self.total / self.rows
+        return ((self.squares / self.rows - mean.square()).clamp_min(0) / self.rows).sqrt().float()
 
 
 def _mid_ranks(x_N: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from penstock.nn.embeddings import RowTable
 from penstock.nn.lazy_adam import LazyAdam
 from penstock.ops.rows import rows_of
 from penstock.tasks.base import Task, Training
-from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC
+from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC, LogLossError
 from penstock.tasks.search import RetrainStage, SearchStage
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ class ClickTraining(Training):
 class ClickPrediction(Task):
     """Binary cross-entropy on a model's logits, (ids (B, F), numeric (B, N), sequences (B, S, L)) -> (B,).
 
-    Metrics: ``auc``, the exact area under the ROC curve, with ``auc_error``, its standard error over the choice of rows;
-    ``log_loss`` in nats; ``calibration``, mean predicted over mean observed; and for a table with a column of groups
-    ``group_auc``, the mean AUC within groups.
+    Metrics: ``auc``, the exact area under the ROC curve; ``log_loss`` in nats; ``calibration``, mean predicted over mean
+    observed; and for a table with a column of groups ``group_auc``, the mean AUC within groups. Each has its standard
+    error over the choice of rows (or groups) beside it, as ``auc_error``.
     """
 
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("auc", "max")
@@ -68,7 +68,7 @@ class ClickPrediction(Task):
 
     def new_metrics(self) -> MetricCollection:
         found: dict[str, Metric | MetricCollection] = {"auc": BinaryAUROC(thresholds=None), "auc_error": AUCError()}
-        found["calibration"] = Calibration()
+        found |= {"log_loss_error": LogLossError(), "calibration": Calibration()}
         if self.data.spec.get("group"):
             found["group_auc"] = GroupAUC()
         return MetricCollection(found, compute_groups=False)
