@@ -1,8 +1,8 @@
 """What the columns of a table are, and how raw rows become ids and numbers.
 
-Every field owns a range of one global id space; the ranges lie end to end in the order of the batch. Within a field,
-0 is a missing value (and the padding of a sequence), 1 .. n are the values kept, and n + 1 is any value that was rare
-or absent in training. A standardised number has one id only, that of its vector.
+Every field has a range of one global id space; the ranges lie end to end in the order of the batch, but for fields
+that share another's. Within a field, 0 is a missing value (and the padding of a sequence), 1 .. n are the values kept,
+and n + 1 is any value that was rare or absent in training. A number that stays one has one id only, that of its vector.
 
 Shape legend: B batch, F fields with one id a row, N standardised numbers, S sequences, L longest sequence, T labels.
 """
@@ -89,6 +89,8 @@ class Field:
         separator: between the items of a sequence held as text.
         max_length: of a sequence; longer ones keep their last items.
         min_count: how often a value must be seen in training to have its own id.
+        encoded: how many ids a column has that holds ids already (0: it holds values); ``words`` then name all of them.
+        share: the field whose ids these are too.
     """
 
     name: str
@@ -102,11 +104,13 @@ class Field:
     separator: str = ""
     max_length: int = 0
     min_count: int = 1
+    encoded: int = 0
+    share: str = ""
 
     @property
     def size(self) -> int:
         """How many ids the field has."""
-        return 1 if self.part == "numeric" else len(self.words) + 2
+        return 1 if self.part == "numeric" else self.encoded or len(self.words) + 2
 
     @property
     def part(self) -> Part:
@@ -117,6 +121,8 @@ class Field:
 
     def value(self, local: int) -> str:
         """What a local id stands for."""
+        if self.encoded:
+            return self.words[local] if self.words else f"(id {local})"
         return "(number)" if self.part == "numeric" else ("(missing)", *self.words, "(unseen)")[local]
 
 
@@ -128,11 +134,13 @@ class Label:
         name: of the column.
         classes: the values that became 0 and 1; empty where the numbers themselves are the label.
         number: whether the classes are numbers, which may be written in several ways (1, 1.0).
+        threshold: of a number that is 1 from there on, and 0 below.
     """
 
     name: str
     classes: tuple[str, ...] = ()
     number: bool = False
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,14 +156,19 @@ class Schema:
         """The schema of fields whose offsets are still to be set."""
         order: tuple[Part, ...] = ("ids", "numeric", "sequences")
         placed: list[Field] = []
+        starts: dict[str, int] = {}
+        end = 0
         for one in sorted(fields, key=lambda f: order.index(f.part)):
-            placed.append(replace(one, offset=placed[-1].offset + placed[-1].size if placed else 0))
+            if (owner := one.share or one.name) not in starts:
+                starts[owner] = end
+                end += one.size
+            placed.append(replace(one, offset=starts[owner]))
         return cls(tuple(placed), tuple(labels), group)
 
     @property
     def num_ids(self) -> int:
         """Size of the global id space."""
-        return sum(f.size for f in self.fields)
+        return max((f.offset + f.size for f in self.fields), default=0)
 
     @property
     def longest(self) -> int:
@@ -181,7 +194,7 @@ class Schema:
         )
 
     def locate(self, global_id: int) -> tuple[str, str]:
-        """The field and the value behind a global id.
+        """The field and the value behind a global id; of fields that share it, the first.
 
         Raises:
             ValueError: if there is no such id.
@@ -266,6 +279,8 @@ def criteo_bucket(numbers: pl.Series) -> pl.Series:
 def items_of(one: Field, chunk: Chunk) -> tuple[pl.Series, NDArray[np.int64]]:
     """All items of a column of sequences end to end, missing ones left out, and how many each row has."""
     column = chunk.frame[one.name]
+    if one.encoded:
+        column = column.list.eval(pl.element().filter(pl.element() != 0))  # padding
     lists = column if isinstance(column.dtype, pl.List) else as_text(column).str.split(one.separator)
     rows = pl.DataFrame({"row": pl.int_range(len(lists), eager=True), "item": lists}).explode("item")
     rows = rows.with_columns(clean(as_text(rows["item"]))).drop_nulls()
@@ -274,6 +289,8 @@ def items_of(one: Field, chunk: Chunk) -> tuple[pl.Series, NDArray[np.int64]]:
 
 def _local_ids(one: Field, chunk: Chunk) -> NDArray[np.int32]:
     """(rows,) local ids of a categorical or bucketed field."""
+    if one.encoded:
+        return _given_ids(one, chunk, chunk.text(one.name), np.arange(chunk.frame.height))
     if not one.numeric:
         return _word_ids(one, chunk.text(one.name))
     if one.numeric == "bucket":
@@ -291,6 +308,18 @@ def _word_ids(one: Field, words: pl.Series) -> NDArray[np.int32]:
     return found.select(pl.col("id").fill_null(absent).cast(pl.Int32)).to_series().to_numpy()
 
 
+def _given_ids(one: Field, chunk: Chunk, ids: pl.Series, row: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Ids as they are given, each in a row of the chunk, if they are some of the field's."""
+    numbers = ids.cast(pl.Int64, strict=False)
+    if (bad := (~numbers.is_between(0, one.size - 1)).fill_null(True).arg_true()).len():
+        raise chunk.error(
+            row[bad[0]],
+            one.name,
+            f"{ids[bad[0]]!r} is no id from 0 to {one.size - 1}, as FuxiCTR's preprocessing writes",
+        )
+    return numbers.cast(pl.Int32).to_numpy()
+
+
 def _padded_ids(one: Field, chunk: Chunk, width: int) -> NDArray[np.int32]:
     """(rows, width) local ids of each row's last items, then zeros."""
     items, lengths = items_of(one, chunk)
@@ -299,7 +328,8 @@ def _padded_ids(one: Field, chunk: Chunk, width: int) -> NDArray[np.int32]:
     place = np.arange(len(items)) - starts[row]
     kept = place >= 0
     padded = np.zeros((len(lengths), width), np.int32)
-    padded[row[kept], place[kept]] = _word_ids(one, items)[kept]
+    ids = _given_ids(one, chunk, items, row) if one.encoded else _word_ids(one, items)
+    padded[row[kept], place[kept]] = ids[kept]
     return padded
 
 
@@ -308,6 +338,8 @@ def _encode_label(label: Label, chunk: Chunk) -> NDArray[np.float32]:
     column = chunk.frame[label.name]
     if (gaps := column.is_null().arg_true()).len():
         raise chunk.error(gaps[0], label.name, "the label is missing; every row needs one")
+    if label.threshold is not None:
+        return (chunk.numbers(label.name) >= label.threshold).cast(pl.Float32).to_numpy()
     if not label.classes:
         return chunk.numbers(label.name).cast(pl.Float32).to_numpy()
     zero, one = label.classes

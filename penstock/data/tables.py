@@ -22,8 +22,10 @@ import yaml
 from numpy.typing import NDArray
 
 from penstock.data.base import Data, Source
+from penstock.data.fuxictr import encoded_folder, read_map, read_splits
 from penstock.data.loader import Batches
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
+from penstock.data.recbole import open_table
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
 from penstock.errors import UserError
 
@@ -55,6 +57,8 @@ class TableConfig:
     """A column whose values are train, validation and test."""
     group_column: str = ""
     """A column (user, session) within whose values AUC is measured too; it remains a feature unless dropped."""
+    label_threshold: float | None = None
+    """Makes a rating a label: what is this or more becomes 1, what is less 0."""
     seed: int = 0
     """Of the random split."""
     numeric: Numeric = "bucket"
@@ -150,8 +154,10 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     """
     assert source.data is not None, "a table needs a path; the embedded default is made elsewhere"
     config.check()
-    raw = RawTable(source.data)
-    held_out = RawTable(source.test) if source.test is not None else None
+    if (encoded := encoded_folder(source.data)) is not None:
+        return _read_encoded(encoded, config, source, several=labels == "any")
+    raw = open_table(source.data)
+    held_out = open_table(source.test) if source.test is not None else None
     targets = _label_columns(raw, source.label, several=labels == "any")
     if config.split_column:
         if config.split_column not in raw.columns:
@@ -170,7 +176,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         held_out.must_have([*targets, *filter(None, [config.group_column])])
 
     scan = _scan(raw, config, held_out is not None)
-    label_fields = [_label(raw, name, scan.columns[name], labels) for name in targets]
+    label_fields = [_label(raw, name, scan.columns[name], labels, config.label_threshold) for name in targets]
     plans, notes = _plan(raw, scan, {*targets, config.split_column}, overrides, config)
     if held_out is not None:
         held_out.must_have([plan.name for plan in plans])
@@ -188,15 +194,38 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         # The files are mapped before the folder goes: the rows live on without a name, and end with the process.
         stores = {split: _Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
         for chunk, codes in _split_chunks(raw, config, held_out is not None):
-            encoded = schema.encode(chunk)
+            part = schema.encode(chunk)
             for code in np.unique(codes):
-                stores[SPLITS[code]].append(encoded.where(codes == code))
+                stores[SPLITS[code]].append(part.where(codes == code))
         if held_out is not None:
             for chunk in held_out.chunks():
                 stores["test"].append(schema.encode(chunk))
         splits = {split: store.finish() for split, store in stores.items()}
     _check_classes(raw, schema, splits)
     return TableData(schema, splits, str(raw.path), notes)
+
+
+def _read_encoded(path: Path, config: TableConfig, source: Source, *, several: bool) -> TableData:
+    """A table that FuxiCTR has encoded and split."""
+    schema, notes = read_map(path, source.label, config.group_column, several=several)
+    tables = read_splits(path, source.test)
+    columns = [f.name for f in schema.fields] + [x.name for x in schema.labels] + [schema.group] * (schema.group != "")
+    rows: dict[Split, int] = {}
+    for split in SPLITS:
+        tables[split].must_have(columns)
+        rows[split] = tables[split].count_rows()
+        if not rows[split]:
+            raise UserError(f"{tables[split].path}: holds no row for {split}")
+    size = sum(4 * math.prod(shape) for count in rows.values() for shape in schema.shapes(count))
+    splits: dict[Split, Rows] = {}
+    with tempfile.TemporaryDirectory(prefix="penstock-", ignore_cleanup_errors=True) as folder:
+        for split, count in rows.items():
+            store = _Store(schema, count, Path(folder) / split if size > config.memory_mb << 20 else None)
+            for chunk in tables[split].chunks():
+                store.append(schema.encode(chunk))
+            splits[split] = store.finish()
+    _check_classes(tables["train"], schema, splits)
+    return TableData(schema, splits, str(path), notes)
 
 
 def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[TableBatch]:
@@ -211,7 +240,7 @@ def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[
         UserError: as `read_table`.
     """
     schema = Schema.from_dict(spec["schema"])
-    raw = RawTable(path)
+    raw = open_table(path)
     raw.must_have([f.name for f in schema.fields])
     for chunk in raw.chunks():
         rows = schema.encode(chunk, with_labels=False)
@@ -327,7 +356,9 @@ def _label_columns(raw: RawTable, asked: str | None, *, several: bool) -> list[s
     return names
 
 
-def _label(raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"]) -> Label:
+def _label(
+    raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"], threshold: float | None = None
+) -> Label:
     if seen.first_gap is not None:
         raise seen.first_gap
     where = f"{raw.path}, column {name!r}"
@@ -337,12 +368,17 @@ def _label(raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"
     classes = [str(int(x)) if x.is_integer() else repr(x) for x in numbers] or sorted(seen.distinct)
     if len(classes) == 1:
         raise UserError(f"{where}: every row has the label {classes[0]!r}; there is nothing to tell apart")
+    if threshold is not None:
+        if not seen.is_number:
+            raise UserError(f"{where}: label_threshold={threshold:g} is for a label that is a number, and this is text")
+        return Label(name, (f"below {threshold:g}", f"{threshold:g} or more"), threshold=threshold)
     if len(classes) == 2:
         return Label(name, tuple(classes), number=seen.is_number)
     if kinds == "any" and seen.is_number:
         return Label(name)
+    cut = "; a rating becomes a label with label_threshold" if seen.is_number else ""
     raise UserError(
-        f"{where}: a label must have two values, and it has {', '.join(classes[:4])}" + ", ..." * (len(classes) > 4)
+        f"{where}: a label must have two values, and it has {', '.join(classes[:4])}{', ...' * (len(classes) > 4)}{cut}"
     )
 
 
@@ -390,11 +426,11 @@ def _plan(
 ) -> tuple[list[Field], list[str]]:
     """The fields to fit, and notes on what was left out."""
     plans = []
-    notes = ["a column without a name was left out"] if "" in raw.columns else []
+    notes = [*raw.notes, *["a column without a name was left out"] * ("" in raw.columns)]
     if not raw.has_header:
         notes.append("there is no header: read in Criteo's layout, a label, the counts I1 to I13 and C1 to C26")
     for name, seen in scan.columns.items():
-        settings = overrides.get(name, {})
+        settings = {**raw.settings.get(name, {}), **overrides.get(name, {})}
         if name in other or settings.get("kind") == "drop":
             continue
         if not seen.present:
