@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from penstock.data.hashing import hashed
 from penstock.data.rawtables import Chunk, as_text, clean
 from penstock.gates import Table
 
 Kind = Literal["categorical", "numeric", "sequence"]
-Numeric = Literal["bucket", "quantile", "standardize"]
+Numeric = Literal["bucket", "quantile", "standardize", "minmax"]
 Part = Literal["ids", "numeric", "sequences"]
 
 
@@ -33,7 +34,7 @@ class TableBatch(NamedTuple):
 
     Attributes:
         ids: (B, F) global ids of categorical and bucketed fields, int64.
-        numeric: (B, N) standardised numbers, float32, missing ones 0; N may be 0.
+        numeric: (B, N) scaled numbers, float32, missing ones 0; N may be 0.
         sequences: (B, S, L) global ids, int64, padded at the end with the field's first id; S may be 0.
         label: (B,) or, with several labels, (B, T), float32.
         group: (B, 1) int64, a number for the user or session a row belongs to; (B, 0) if the table has none.
@@ -85,10 +86,12 @@ class Field:
         words: the values of local ids 1 .. n; of a bucketed number, its buckets.
         numeric: what becomes of a number ("" for other kinds).
         edges: upper ends of all quantiles but the last.
-        mean, std: of a standardised number.
+        mean, std: of a number that stays one, what is taken off it and what it is divided by: for minmax, the least
+            value and the range.
         separator: between the items of a sequence held as text.
         max_length: of a sequence; longer ones keep their last items.
         min_count: how often a value must be seen in training to have its own id.
+        hash_buckets: how many ids the hashes of values share (0: values are counted and have ids of their own).
         encoded: how many ids a column has that holds ids already (0: it holds values); ``words`` then name all of them.
         share: the field whose ids these are too.
     """
@@ -104,25 +107,30 @@ class Field:
     separator: str = ""
     max_length: int = 0
     min_count: int = 1
+    hash_buckets: int = 0
     encoded: int = 0
     share: str = ""
 
     @property
     def size(self) -> int:
         """How many ids the field has."""
-        return 1 if self.part == "numeric" else self.encoded or len(self.words) + 2
+        if self.part == "numeric":
+            return 1
+        return self.encoded or (self.hash_buckets + 1 if self.hash_buckets else len(self.words) + 2)
 
     @property
     def part(self) -> Part:
         """Which part of the batch holds the field."""
         if self.kind == "sequence":
             return "sequences"
-        return "numeric" if self.numeric == "standardize" else "ids"
+        return "numeric" if self.numeric in ("standardize", "minmax") else "ids"
 
     def value(self, local: int) -> str:
         """What a local id stands for."""
         if self.encoded:
             return self.words[local] if self.words else f"(id {local})"
+        if self.hash_buckets and local:
+            return f"(bucket {local - 1})"
         return "(number)" if self.part == "numeric" else ("(missing)", *self.words, "(unseen)")[local]
 
 
@@ -212,9 +220,7 @@ class Schema:
                 "kind": f"{f.kind} ({f.numeric})" if f.numeric else f.kind,
                 "ids": f.size,
                 "first id": f.offset,
-                "values": f"mean {f.mean:.4g}, std {f.std:.4g}"
-                if f.part == "numeric"
-                else ", ".join(f.words[:4]) + ", ..." * (len(f.words) > 4),
+                "values": _summary(f),
             }
             for f in self.fields
         )
@@ -262,6 +268,16 @@ class Schema:
         return rows
 
 
+def _summary(one: Field) -> str:
+    """What a field's values are, in a few words."""
+    if one.numeric == "minmax":
+        return f"from {one.mean:.4g} to {one.mean + one.std:.4g}"
+    if one.part == "numeric":
+        return f"mean {one.mean:.4g}, std {one.std:.4g}"
+    shared = f"those of {one.share}" if one.share else ""
+    return shared or ("hashed" if one.hash_buckets else ", ".join(one.words[:4]) + ", ..." * (len(one.words) > 4))
+
+
 def _listed(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
@@ -300,6 +316,9 @@ def _local_ids(one: Field, chunk: Chunk) -> NDArray[np.int32]:
 
 
 def _word_ids(one: Field, words: pl.Series) -> NDArray[np.int32]:
+    if one.hash_buckets:
+        buckets = 1 + hashed(words) % np.uint64(one.hash_buckets)
+        return np.where(words.is_null().to_numpy(), 0, buckets).astype(np.int32)
     vocabulary = pl.DataFrame(
         {"word": pl.Series(one.words, dtype=pl.String), "id": np.arange(1, len(one.words) + 1, dtype=np.int32)}
     )

@@ -35,6 +35,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_NAMES = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2, "testing": 2}
 _LABEL_NAMES = ("label", "click", "clicked", "is_click", "target", "y")
 _SEPARATORS = ("^", "|")
+_SETTINGS = ("kind", "numeric", "max_length", "min_count", "separator", "hash_buckets", "share")  # of the columns file
 _LONGEST = 50  # items of a sequence, unless the columns file says otherwise
 _FEW = 10  # whole numbers with no more different values than this are categories
 _SAMPLE = 1 << 20  # numbers kept to find quantiles
@@ -46,9 +47,12 @@ class TableConfig:
 
     min_count: int = 2
     """Values seen less often in training share their field's "unseen" id."""
+    hash_above: int = 0
+    """Columns of which more values are kept than this get so many hashed ids instead; 0: none do."""
     columns: str = ""
     """A YAML file that says what columns are: `age: numeric`, `zip: categorical`, `id: drop`, or
-    `genres: {kind: sequence, separator: "|", max_length: 6}` (also min_count and numeric)."""
+    `genres: {kind: sequence, separator: "|", max_length: 6}`. Also min_count and numeric; `hash_buckets: 100000` gives
+    the hashes of values so many ids instead of counting words, and `share: item` gives a column the ids of another."""
     validation_ratio: float = 0.1
     """Share of rows held out for validation, where no split column says which."""
     test_ratio: float = 0.1
@@ -62,7 +66,8 @@ class TableConfig:
     seed: int = 0
     """Of the random split."""
     numeric: Numeric = "bucket"
-    """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers."""
+    """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers,
+    each times a learned vector of its column: standardised, or scaled to 0 .. 1 (minmax)."""
     num_quantiles: int = 20
     """Categories of a number cut by quantile."""
     memory_mb: int = 1024
@@ -75,7 +80,7 @@ class TableConfig:
                 f"validation_ratio={self.validation_ratio}, test_ratio={self.test_ratio}: each is a share of the rows, "
                 "and some must be left for training"
             )
-        for name, least in (("min_count", 1), ("num_quantiles", 2), ("memory_mb", 0)):
+        for name, least in (("min_count", 1), ("num_quantiles", 2), ("memory_mb", 0), ("hash_above", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be {least} or more")
 
@@ -409,14 +414,12 @@ def _check_override(where: str, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if key in choices:
             right, fits = f"one of {', '.join(choices[key])}", value in choices[key]
-        elif key in ("max_length", "min_count"):
+        elif key in ("max_length", "min_count", "hash_buckets"):
             right, fits = "a whole number, 1 or more", isinstance(value, int) and value >= 1
-        elif key == "separator":
+        elif key in ("separator", "share"):
             right, fits = "some text", isinstance(value, str) and value != ""
         else:
-            raise UserError(
-                f"{where}: {key!r} is no setting; there are kind, numeric, max_length, min_count and separator"
-            )
+            raise UserError(f"{where}: {key!r} is no setting; there are {', '.join(_SETTINGS)}")
         if not fits:
             raise UserError(f"{where}: {key} is {value!r} and must be {right}")
 
@@ -447,11 +450,32 @@ def _plan(
                 separator=settings.get("separator", usual) if kind == "sequence" else "",
                 max_length=settings.get("max_length", 0) if kind == "sequence" else 0,
                 min_count=settings.get("min_count", config.min_count),
+                hash_buckets=settings.get("hash_buckets", 0),
+                share=settings.get("share", ""),
             )
         )
     if not plans:
         raise UserError(f"{raw.path}: no column beside the label has a value; there is nothing to learn from")
-    return plans, notes
+    return [_shared(plan, plans, config) for plan in plans], notes
+
+
+def _shared(plan: Field, plans: Sequence[Field], config: TableConfig) -> Field:
+    """The plan of a column that has another's ids, once it is certain that it can."""
+    where = f"{config.columns}, {plan.name}"
+    if plan.kind == "numeric" and (plan.hash_buckets or plan.share):
+        key = "share" if plan.share else "hash_buckets"
+        raise UserError(f"{where}: {key} is for words, and the column is numeric; say kind: categorical or sequence")
+    if not plan.share:
+        return plan
+    owner = next((one for one in plans if one.name == plan.share), None)
+    if owner is None or owner is plan or owner.kind == "numeric":
+        others = [one.name for one in plans if one.kind != "numeric" and one is not plan]
+        raise UserError(f"{where}: share is {plan.share!r} and must be another column of words: {', '.join(others)}")
+    if owner.share:
+        raise UserError(f"{where}: {owner.name} shares the ids of {owner.share} itself; say share: {owner.share}")
+    if plan.hash_buckets:
+        raise UserError(f"{where}: has the ids of {owner.name}; give hash_buckets there")
+    return replace(plan, hash_buckets=owner.hash_buckets, min_count=owner.min_count)
 
 
 def _infer(name: str, seen: _Seen) -> Kind:
@@ -493,13 +517,18 @@ class _Counts:
 
 
 class _Moments:
-    """Mean and standard deviation of a stream (Chan, Golub and LeVeque 1983)."""
+    """Mean, standard deviation (Chan, Golub and LeVeque 1983), least and greatest value of a stream."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.least, self.most = 0.0, 0.0
 
     def add(self, numbers: NDArray[np.float64]) -> None:
         if len(numbers):
+            low, high = float(numbers.min()), float(numbers.max())
+            if self.count:
+                low, high = min(low, self.least), max(high, self.most)
+            self.least, self.most = low, high
             total, delta = self.count + len(numbers), float(numbers.mean()) - self.mean
             self.squares += float(numbers.var()) * len(numbers) + delta**2 * self.count * len(numbers) / total
             self.mean += delta * len(numbers) / total
@@ -543,11 +572,13 @@ class _Fitter:
     def update(self, chunk: Chunk) -> None:
         plan = self.plan
         if plan.kind == "categorical":
-            self.counts.add(chunk.text(plan.name))
+            if not plan.hash_buckets:
+                self.counts.add(chunk.text(plan.name))
         elif plan.kind == "sequence":
             items, lengths = items_of(plan, chunk)
             self.longest = max(self.longest, int(lengths.max(initial=0)))
-            self.counts.add(items)
+            if not plan.hash_buckets:
+                self.counts.add(items)
         elif plan.numeric == "bucket":
             self.counts.add(as_text(criteo_bucket(chunk.numbers(plan.name))))
         else:
@@ -556,15 +587,22 @@ class _Fitter:
 
     def field(self) -> Field:
         plan = self.plan
-        if plan.kind == "categorical":
-            return replace(plan, words=self.counts.words(plan.min_count))
         if plan.kind == "sequence":
-            longest = plan.max_length or min(self.longest, _LONGEST)
-            return replace(plan, words=self.counts.words(plan.min_count), max_length=longest)
+            plan = replace(plan, max_length=plan.max_length or min(self.longest, _LONGEST))
+        if plan.hash_buckets:
+            return plan
+        if plan.kind != "numeric":
+            words = self.counts.words(plan.min_count)
+            if 0 < self.config.hash_above < len(words):
+                return replace(plan, hash_buckets=self.config.hash_above)
+            return replace(plan, words=words)
         if plan.numeric == "bucket":
             return replace(plan, words=tuple(sorted(self.counts.words(1), key=int)))
         if plan.numeric == "standardize":
             return replace(plan, mean=self.moments.mean, std=self.moments.std)
+        if plan.numeric == "minmax":
+            # A constant becomes 0, as it does when standardised.
+            return replace(plan, mean=self.moments.least, std=self.moments.most - self.moments.least or 1.0)
         edges = self.sample.edges(self.config.num_quantiles)
         ends = ["-inf", *(f"{edge:.6g}" for edge in edges), "inf"]
         words = tuple(f"({low}, {high}]" for low, high in pairwise(ends))
@@ -573,6 +611,10 @@ class _Fitter:
 
 def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool) -> list[Field]:
     fitters = [_Fitter(plan, config) for plan in plans]
+    by_name = {fitter.plan.name: fitter for fitter in fitters}
+    for fitter in fitters:
+        if fitter.plan.share:
+            fitter.counts = by_name[fitter.plan.share].counts
     for chunk, codes in _split_chunks(raw, config, has_test):
         training = chunk._replace(frame=chunk.frame.filter(pl.Series(codes == 0)))
         for fitter in fitters:
