@@ -72,6 +72,8 @@ def read_map(folder: Path, asked: str | None, group: str, *, several: bool) -> t
             owner = spec.get("share_embedding", "")
             if owner and owner not in features:
                 raise UserError(f"{path}, {name}: shares the embedding of {owner!r}, which is no feature")
+            if "pretrained_emb" in spec:
+                notes.append(f"{name}: its pre-trained vectors are left out")
             size = int(features[owner or name]["vocab_size"])
             words = _words(size, vocabulary.get(owner or name, {}))
             fields.append(

@@ -27,6 +27,7 @@ from penstock.data.loader import Batches
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
 from penstock.data.recbole import open_table
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
+from penstock.data.vectors import Vectors, read_vectors
 from penstock.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -35,7 +36,9 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_NAMES = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2, "testing": 2}
 _LABEL_NAMES = ("label", "click", "clicked", "is_click", "target", "y")
 _SEPARATORS = ("^", "|")
-_SETTINGS = ("kind", "numeric", "max_length", "min_count", "separator", "hash_buckets", "share")  # of the columns file
+_SETTINGS = (  # of the columns file
+    *("kind", "numeric", "max_length", "min_count", "separator", "hash_buckets", "share", "pretrained", "freeze"),
+)
 _LONGEST = 50  # items of a sequence, unless the columns file says otherwise
 _FEW = 10  # whole numbers with no more different values than this are categories
 _SAMPLE = 1 << 20  # numbers kept to find quantiles
@@ -52,7 +55,8 @@ class TableConfig:
     columns: str = ""
     """A YAML file that says what columns are: `age: numeric`, `zip: categorical`, `id: drop`, or
     `genres: {kind: sequence, separator: "|", max_length: 6}`. Also min_count and numeric; `hash_buckets: 100000` gives
-    the hashes of values so many ids instead of counting words, and `share: item` gives a column the ids of another."""
+    the hashes of values so many ids instead of counting words, `share: item` gives a column the ids of another, and
+    `pretrained: vectors.parquet` starts values from vectors, for good with `freeze: true`."""
     validation_ratio: float = 0.1
     """Share of rows held out for validation, where no split column says which."""
     test_ratio: float = 0.1
@@ -93,14 +97,23 @@ class TableData(Data):
         splits: the rows of each split.
         source: where it is from, for people.
         notes: what was done that a person should know.
+        vectors: pre-trained, of some ids.
 
     Attributes:
         spec: ``schema`` (plain); ``fields`` (names), ``field_sizes`` and ``offsets`` in the order of the batch;
             ``num_ids``; ``group`` (the column of groups); ``num_id_fields`` F, ``num_numeric`` N and ``num_sequences`` S; ``labels`` (names).
     """
 
-    def __init__(self, schema: Schema, splits: Mapping[Split, Rows], source: str, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        splits: Mapping[Split, Rows],
+        source: str,
+        notes: Sequence[str] = (),
+        vectors: Sequence[Vectors] = (),
+    ) -> None:
         self.schema, self.splits, self.source, self.notes = schema, splits, source, list(notes)
+        self.vectors = vectors
         self.spec = {
             "schema": schema.to_dict(),
             "fields": [f.name for f in schema.fields],
@@ -189,6 +202,8 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
             raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
         scan.rows["test"] = rows
     schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None), label_fields, config.group_column)
+    vectors, coverage = read_vectors(schema, overrides, config.columns)
+    notes += coverage
     notes += [f"{x.name}: {x.classes[0]!r} became 0 and {x.classes[1]!r} became 1" for x in label_fields if x.classes]
 
     size = sum(4 * math.prod(shape) for rows in scan.rows.values() for shape in schema.shapes(rows))
@@ -207,7 +222,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
                 stores["test"].append(schema.encode(chunk))
         splits = {split: store.finish() for split, store in stores.items()}
     _check_classes(raw, schema, splits)
-    return TableData(schema, splits, str(raw.path), notes)
+    return TableData(schema, splits, str(raw.path), notes, vectors)
 
 
 def _read_encoded(path: Path, config: TableConfig, source: Source, *, several: bool) -> TableData:
@@ -416,7 +431,9 @@ def _check_override(where: str, settings: Mapping[str, Any]) -> None:
             right, fits = f"one of {', '.join(choices[key])}", value in choices[key]
         elif key in ("max_length", "min_count", "hash_buckets"):
             right, fits = "a whole number, 1 or more", isinstance(value, int) and value >= 1
-        elif key in ("separator", "share"):
+        elif key == "freeze":
+            right, fits = "true or false", isinstance(value, bool)
+        elif key in ("separator", "share", "pretrained"):
             right, fits = "some text", isinstance(value, str) and value != ""
         else:
             raise UserError(f"{where}: {key!r} is no setting; there are {', '.join(_SETTINGS)}")

@@ -5,7 +5,7 @@ Shape legend: B batch, F fields with one id a row, N numeric fields, S sequences
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from penstock.data.schema import TableBatch
 from penstock.data.tables import read_rows
 from penstock.tasks.base import Task
 from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC
+from penstock.tasks.pretrained import FrozenRows, frozen_rows
 from penstock.tasks.search import RetrainStage, SearchStage
 
 if TYPE_CHECKING:
@@ -37,6 +38,17 @@ class ClickPrediction(Task):
 
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("auc", "max")
     leaderboard: ClassVar[Mapping[str, Literal["min", "max"]]] = {"auc": "max", "log_loss": "min"}
+
+    _frozen: Sequence[FrozenRows] = ()
+
+    def on_train_start(self) -> None:
+        # Not before: a checkpoint may have been loaded, and the model moved.
+        self._frozen = frozen_rows(self.model, self.data)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for rows in self._frozen:
+            rows.restore()
 
     def step(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
         logits_B = self.model(*self.inputs(batch))
