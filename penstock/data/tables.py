@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -23,10 +24,12 @@ from numpy.typing import NDArray
 
 from penstock.data.base import Data, Source
 from penstock.data.fuxictr import encoded_folder, read_map, read_splits
+from penstock.data.hashing import hashed
 from penstock.data.loader import Batches
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
 from penstock.data.recbole import open_table
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
+from penstock.data.times import are_dates, times
 from penstock.data.vectors import Vectors, read_vectors
 from penstock.errors import UserError
 
@@ -61,6 +64,13 @@ class TableConfig:
     """Share of rows held out for validation, where no split column says which."""
     test_ratio: float = 0.1
     """Share of rows held out for the test, where there is neither a test file nor a split column."""
+    split: Literal["random", "time", "user"] = "random"
+    """Rows are split at random; by time, the earliest to train on and the latest for the test; or by user, all rows of
+    one to the same split. The column of times or users is no feature unless the columns file names it."""
+    time_column: str = ""
+    """Of a split by time: numbers, or dates as 2024-05-31 or 2024-05-31 12:30:00."""
+    user_column: str = ""
+    """Of a split by user."""
     split_column: str = ""
     """A column whose values are train, validation and test."""
     group_column: str = ""
@@ -68,7 +78,7 @@ class TableConfig:
     label_threshold: float | None = None
     """Makes a rating a label: what is this or more becomes 1, what is less 0."""
     seed: int = 0
-    """Of the random split."""
+    """Of a split at random or by user."""
     numeric: Numeric = "bucket"
     """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers,
     each times a learned vector of its column: standardised, or scaled to 0 .. 1 (minmax)."""
@@ -84,6 +94,11 @@ class TableConfig:
                 f"validation_ratio={self.validation_ratio}, test_ratio={self.test_ratio}: each is a share of the rows, "
                 "and some must be left for training"
             )
+        if self.split != "random" and self.split_column:
+            raise UserError(f"split={self.split} and split_column={self.split_column!r}: give one of the two")
+        for how, column in (("time", self.time_column), ("user", self.user_column)):
+            if (self.split == how) != bool(column):
+                raise UserError(f"split={self.split} and {how}_column={column!r}: one goes with the other")
         for name, least in (("min_count", 1), ("num_quantiles", 2), ("memory_mb", 0), ("hash_above", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be {least} or more")
@@ -177,13 +192,10 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     raw = open_table(source.data)
     held_out = open_table(source.test) if source.test is not None else None
     targets = _label_columns(raw, source.label, several=labels == "any")
-    if config.split_column:
-        if config.split_column not in raw.columns:
-            raise UserError(
-                f"{raw.path}: no column {config.split_column!r} to split by; "
-                f"{did_you_mean(config.split_column, raw.columns)}"
-            )
-    elif held_out is None and config.test_ratio == 0:
+    splitting = config.split_column or config.time_column or config.user_column
+    if splitting and splitting not in raw.columns:
+        raise UserError(f"{raw.path}: no column {splitting!r} to split by; {did_you_mean(splitting, raw.columns)}")
+    if not config.split_column and held_out is None and config.test_ratio == 0:
         raise UserError("test_ratio=0 leaves nothing to test on; give a larger one, a test file or a split column")
     if config.group_column and config.group_column not in raw.columns:
         raise UserError(
@@ -195,7 +207,9 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
 
     scan = _scan(raw, config, held_out is not None)
     label_fields = [_label(raw, name, scan.columns[name], labels, config.label_threshold) for name in targets]
-    plans, notes = _plan(raw, scan, {*targets, config.split_column}, overrides, config)
+    unasked = {config.time_column, config.user_column} - {"", *overrides}
+    plans, notes = _plan(raw, scan, {*targets, config.split_column, *unasked}, overrides, config)
+    notes += [f"{name} splits the rows and is no feature; name it in a columns file to make it one" for name in unasked]
     if held_out is not None:
         held_out.must_have([plan.name for plan in plans])
         if not (rows := held_out.count_rows()):
@@ -342,8 +356,13 @@ def _split_chunks(raw: RawTable, config: TableConfig, has_test: bool) -> Iterato
     test_from = 1.0 if has_test else 1.0 - config.test_ratio
     validation_from = test_from - config.validation_ratio
     for chunk in raw.chunks():
+        if config.split == "time":
+            shares = (validation_from,) if has_test else (validation_from, test_from)
+            cuts = _time_cuts(raw, config.time_column, shares, config.seed)
+            yield chunk, np.searchsorted(cuts, times(chunk, config.time_column))
+            continue
         if not config.split_column:
-            lot = draw.random(chunk.frame.height)
+            lot = draw.random(chunk.frame.height) if config.split == "random" else _user_lots(chunk, config)
             yield chunk, (lot >= validation_from).astype(np.int64) + (lot >= test_from)
             continue
         marks = chunk.text(config.split_column)
@@ -353,6 +372,29 @@ def _split_chunks(raw: RawTable, config: TableConfig, has_test: bool) -> Iterato
                 bad[0], config.split_column, f"{marks[bad[0]]!r} is no split; it must be train, validation or test"
             )
         yield chunk, codes.to_numpy()
+
+
+@lru_cache(maxsize=1)  # a table is split at every reading, and its times are the same
+def _time_cuts(raw: RawTable, column: str, shares: tuple[float, ...], seed: int) -> NDArray[np.float64]:
+    """The times up to which such shares of the rows lie."""
+    sample = _Sample(seed)
+    sorts: set[bool] = set()
+    for chunk in raw.chunks():
+        sample.add(times(chunk, column))
+        sorts.add(are_dates(chunk, column))
+        if len(sorts) > 1:
+            raise chunk.error(0, column, "numbers and dates are mixed in this column; a split by time needs one sort")
+    if not len(sample.numbers):
+        return np.empty(0)
+    return np.quantile(sample.numbers, shares, method="lower")
+
+
+def _user_lots(chunk: Chunk, config: TableConfig) -> NDArray[np.float64]:
+    """(rows,) numbers from 0 to 1, the same for all rows of a user."""
+    users = chunk.text(config.user_column)
+    if (gaps := users.is_null().arg_true()).len():
+        raise chunk.error(gaps[0], config.user_column, "the user is missing; a split by user needs one in every row")
+    return hashed(users, config.seed) / 2.0**64
 
 
 # -- the label and the kinds of columns ----------------------------------------------------------------------
