@@ -260,7 +260,7 @@ class Schema:
         for place, one in enumerate(self.of("sequences")):
             rows.sequences[:, place] = one.offset + _padded_ids(one, chunk, self.longest)
         for place, label in enumerate(self.labels if with_labels else ()):
-            rows.label[:, place] = _encode_label(label, chunk)
+            rows.label[:, place] = encode_label(label, chunk)
         if self.group and with_labels:
             assert rows.group is not None
             # A hash stands for the group: only whether two rows share it counts.
@@ -352,7 +352,7 @@ def _padded_ids(one: Field, chunk: Chunk, width: int) -> NDArray[np.int32]:
     return padded
 
 
-def _encode_label(label: Label, chunk: Chunk) -> NDArray[np.float32]:
+def encode_label(label: Label, chunk: Chunk) -> NDArray[np.float32]:
     """(rows,) the label as numbers."""
     column = chunk.frame[label.name]
     if (gaps := column.is_null().arg_true()).len():

@@ -23,8 +23,10 @@ import yaml
 from numpy.typing import NDArray
 
 from penstock.data.base import Data, Source
+from penstock.data.changes import check_kinds
 from penstock.data.fuxictr import encoded_folder, read_map, read_splits
 from penstock.data.hashing import hashed
+from penstock.data.leaks import Leaks
 from penstock.data.loader import Batches
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
 from penstock.data.recbole import open_table
@@ -215,7 +217,9 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         if not (rows := held_out.count_rows()):
             raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
         scan.rows["test"] = rows
-    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None), label_fields, config.group_column)
+    leaks = Leaks(plans, label_fields)
+    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None, leaks), label_fields, config.group_column)
+    notes += leaks.notes()
     vectors, coverage = read_vectors(schema, overrides, config.columns)
     notes += coverage
     notes += [f"{x.name}: {x.classes[0]!r} became 0 and {x.classes[1]!r} became 1" for x in label_fields if x.classes]
@@ -232,7 +236,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
             for code in np.unique(codes):
                 stores[SPLITS[code]].append(part.where(codes == code))
         if held_out is not None:
-            for chunk in held_out.chunks():
+            for chunk in checked_chunks(schema, held_out):
                 stores["test"].append(schema.encode(chunk))
         splits = {split: store.finish() for split, store in stores.items()}
     _check_classes(raw, schema, splits)
@@ -276,10 +280,18 @@ def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[
     schema = Schema.from_dict(spec["schema"])
     raw = open_table(path)
     raw.must_have([f.name for f in schema.fields])
-    for chunk in raw.chunks():
+    for chunk in checked_chunks(schema, raw):
         rows = schema.encode(chunk, with_labels=False)
         for first in range(0, len(rows.label), batch_size):
             yield rows.batch(slice(first, first + batch_size))
+
+
+def checked_chunks(schema: Schema, table: RawTable) -> Iterator[Chunk]:
+    """The chunks of a table, if its columns are of the kinds they had in training."""
+    for place, chunk in enumerate(table.chunks()):
+        if place == 0:
+            check_kinds(schema, chunk)
+        yield chunk
 
 
 # -- scan: what is in the file -------------------------------------------------------------------------------
@@ -296,6 +308,8 @@ class _Seen:
     is_list: bool = False
     distinct: set[str] = field(default_factory=set)
     separated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SEPARATORS, 0))
+    alone: dict[str, tuple[Chunk, int, str]] = field(default_factory=dict)
+    """The first cell, as a chunk without its frame, a row and the text, that has this separator and no other."""
 
     def update(self, name: str, chunk: Chunk) -> None:
         column = chunk.frame[name]
@@ -315,8 +329,30 @@ class _Seen:
         if len(self.distinct) <= _FEW:
             self.distinct.update(as_text(present.unique()).sort()[: 2 * _FEW].to_list())
         if not self.is_number:
-            for separator in _SEPARATORS:
-                self.separated[separator] += int(present.str.contains(separator, literal=True).sum())
+            has = {s: column.str.contains(s, literal=True).fill_null(False) for s in _SEPARATORS}
+            for separator, rows in has.items():
+                self.separated[separator] += int(rows.sum())
+            if any(self.separated.values()):
+                # Not before a space, where a comma divides a sentence.
+                has[","] = column.str.contains(r",\S").fill_null(False)
+                self._note_alone(has, column, chunk)
+
+    def _note_alone(self, has: Mapping[str, pl.Series], column: pl.Series, chunk: Chunk) -> None:
+        count = sum((rows.cast(pl.Int8) for rows in has.values()), pl.zeros(len(column), pl.Int8, eager=True))
+        for separator, rows in has.items():
+            if separator not in self.alone and (at := (rows & (count == 1)).arg_true()).len():
+                self.alone[separator] = (chunk._replace(frame=chunk.frame.clear()), at[0], column[at[0]])
+
+    def one_separator(self, name: str, usual: str) -> None:
+        """Raise `UserError` if some cells of a sequence have no ``usual`` separator but another."""
+        for separator, (chunk, row, text) in self.alone.items():
+            if separator != usual:
+                say = f'`{name}: {{kind: sequence, separator: "{usual}"}}`'
+                raise chunk.error(
+                    row,
+                    name,
+                    f"{text!r} is divided by {separator!r} and others by {usual!r}; say {say} in a columns file",
+                )
 
 
 class _Scan(NamedTuple):
@@ -498,9 +534,13 @@ def _plan(
         if not seen.present:
             notes.append(f"{name} has no value in any row and was left out")
             continue
+        if seen.present < sum(scan.rows.values()) / 2:
+            notes.append(f"{name}: {1 - seen.present / sum(scan.rows.values()):.0%} of its values are missing")
         known: Kind = "numeric" if name.startswith("I") else "categorical"
         kind: Kind = settings.get("kind") or (_infer(name, seen) if raw.has_header else known)
         usual = max(_SEPARATORS, key=lambda s: seen.separated[s])
+        if kind == "sequence" and "separator" not in settings:
+            seen.one_separator(name, usual)
         plans.append(
             Field(
                 name,
@@ -668,7 +708,7 @@ class _Fitter:
         return replace(plan, words=words, edges=edges)
 
 
-def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool) -> list[Field]:
+def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool, leaks: Leaks) -> list[Field]:
     fitters = [_Fitter(plan, config) for plan in plans]
     by_name = {fitter.plan.name: fitter for fitter in fitters}
     for fitter in fitters:
@@ -676,6 +716,7 @@ def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: b
             fitter.counts = by_name[fitter.plan.share].counts
     for chunk, codes in _split_chunks(raw, config, has_test):
         training = chunk._replace(frame=chunk.frame.filter(pl.Series(codes == 0)))
+        leaks.update(training)
         for fitter in fitters:
             fitter.update(training)
     return [fitter.field() for fitter in fitters]
