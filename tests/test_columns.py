@@ -110,6 +110,9 @@ def test_shared_words_are_counted_over_both(tmp_path: Path) -> None:
     assert batch.ids.max() < data.schema.num_ids
     assert batch.sequences.min() == history.offset
     assert "those of item" in str(data.schema.table())
+    plain = json.dumps(data.schema.to_dict())
+    assert plain.count('"i24"') == 1
+    assert Schema.from_dict(json.loads(plain)) == data.schema
 
 
 def test_hashed_ids_can_be_shared(tmp_path: Path) -> None:

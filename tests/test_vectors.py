@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import polars as pl
 import pytest
@@ -104,8 +105,6 @@ class Tiny(nn.Module):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_frozen_rows_survive_every_optimiser(tmp_path: Path, optimizer: Any) -> None:
-    import lightning
-
     written(tmp_path, "a.npz")
     data = read(tmp_path, "item: {pretrained: a.npz, freeze: true}\n")
     torch.manual_seed(0)
@@ -123,6 +122,14 @@ def test_frozen_rows_survive_every_optimiser(tmp_path: Path, optimizer: Any) -> 
     assert torch.equal(after["embedding.table.weight"][frozen], before["embedding.table.weight"][frozen])
     assert (after["embedding.table.weight"][~frozen] != before["embedding.table.weight"][~frozen]).any(1).all()
     assert (after["linear.table.weight"] != before["linear.table.weight"]).all()
+    # What is kept is what a checkpoint holds, and not what a new model starts from.
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = Tiny(data.schema.num_ids)
+    task = ClickPrediction(again, task.train_config, data)
+    trainer = lightning.Trainer(max_steps=8, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(task, data.train(64, 0), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert trainer.global_step == 8
+    assert torch.equal(again.embedding.table.weight[frozen], before["embedding.table.weight"][frozen])
 
 
 @pytest.mark.parametrize("name", ["optfs", "finalmlp", "autoint", "optinter"])

@@ -227,14 +227,18 @@ class Schema:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` gives the schema back."""
-        plain = asdict(self)
+        # Words that are another field's are written once.
+        own = replace(self, fields=tuple(replace(one, words=() if one.share else one.words) for one in self.fields))
+        plain = asdict(own)
         return {part: [_listed(one) for one in plain[part]] for part in ("fields", "labels")} | {"group": self.group}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Schema:
         """The schema that `to_dict` wrote."""
+        fields = [Field(**_tupled(one)) for one in plain["fields"]]
+        words = {one.name: one.words for one in fields}
         return cls(
-            tuple(Field(**_tupled(one)) for one in plain["fields"]),
+            tuple(replace(one, words=words[one.share or one.name]) for one in fields),
             tuple(Label(**_tupled(one)) for one in plain["labels"]),
             plain.get("group", ""),
         )
