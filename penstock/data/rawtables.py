@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from penstock.errors import UserError, nearest
 #: Cells that mean "no value", after spaces around them are taken off.
 MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N")
 
-_TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".data", "")
+_ATOMIC_SUFFIXES = (".inter", ".user", ".item")  # RecBole's
+_TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".data", "", *_ATOMIC_SUFFIXES)
 _WANTED = "give a .csv, .tsv or .parquet file, or a directory of Parquet parts"
 _BLOCK_BYTES = 1 << 21  # Arrow reads up to 32 of these ahead
 _BLOCK_ROWS = 1 << 16
@@ -87,10 +88,15 @@ class RawTable:
         columns: the names in the header; a column without a name (a saved index) has "" and is not read. A text file
             in Criteo's layout without a header gets Criteo's names.
         has_header: whether the first line names the columns.
+        settings: what the format itself says of columns, as a columns file would.
+        notes: on reading it, for people.
 
     Raises:
         UserError: if it is missing, empty or not what its name says, or two columns have one name.
     """
+
+    settings: Mapping[str, Mapping[str, Any]] = {}
+    notes: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,7 +109,7 @@ class RawTable:
         self.is_parquet = path.is_dir() or suffix in (".parquet", ".pq")
         if not self.is_parquet and suffix not in _TEXT_SUFFIXES:
             raise UserError(f"{path}: a {suffix} file is no table; {_WANTED}")
-        self.delimiter = "\t" if suffix in (".tsv", ".tab") else ","
+        self.delimiter = "\t" if suffix in (".tsv", ".tab", *_ATOMIC_SUFFIXES) else ","
         self.has_header = True
         self.columns = self._parquet_columns() if self.is_parquet else self._header()
         named = [name for name in self.columns if name]
@@ -237,6 +243,8 @@ class RawTable:
 def clean(column: pl.Series) -> pl.Series:
     """Text stripped and with the words for "missing" as null; NaN as null; what is no number, list or text as text."""
     kind = column.dtype
+    if isinstance(kind, pl.Array):
+        return column.arr.to_list()
     if kind.is_float() or kind.is_decimal():
         return column.cast(pl.Float64).fill_nan(None)
     if kind.is_integer() or isinstance(kind, pl.List):

@@ -1,8 +1,8 @@
 """What the columns of a table are, and how raw rows become ids and numbers.
 
-Every field owns a range of one global id space; the ranges lie end to end in the order of the batch. Within a field,
-0 is a missing value (and the padding of a sequence), 1 .. n are the values kept, and n + 1 is any value that was rare
-or absent in training. A standardised number has one id only, that of its vector.
+Every field has a range of one global id space; the ranges lie end to end in the order of the batch, but for fields
+that share another's. Within a field, 0 is a missing value (and the padding of a sequence), 1 .. n are the values kept,
+and n + 1 is any value that was rare or absent in training. A number that stays one has one id only, that of its vector.
 
 Shape legend: B batch, F fields with one id a row, N standardised numbers, S sequences, L longest sequence, T labels.
 """
@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from penstock.data.hashing import hashed
 from penstock.data.rawtables import Chunk, as_text, clean
 from penstock.gates import Table
 
 Kind = Literal["categorical", "numeric", "sequence"]
-Numeric = Literal["bucket", "quantile", "standardize"]
+Numeric = Literal["bucket", "quantile", "standardize", "minmax"]
 Part = Literal["ids", "numeric", "sequences"]
 
 
@@ -33,7 +34,7 @@ class TableBatch(NamedTuple):
 
     Attributes:
         ids: (B, F) global ids of categorical and bucketed fields, int64.
-        numeric: (B, N) standardised numbers, float32, missing ones 0; N may be 0.
+        numeric: (B, N) scaled numbers, float32, missing ones 0; N may be 0.
         sequences: (B, S, L) global ids, int64, padded at the end with the field's first id; S may be 0.
         label: (B,) or, with several labels, (B, T), float32.
         group: (B, 1) int64, a number for the user or session a row belongs to; (B, 0) if the table has none.
@@ -85,10 +86,14 @@ class Field:
         words: the values of local ids 1 .. n; of a bucketed number, its buckets.
         numeric: what becomes of a number ("" for other kinds).
         edges: upper ends of all quantiles but the last.
-        mean, std: of a standardised number.
+        mean, std: of a number that stays one, what is taken off it and what it is divided by: for minmax, the least
+            value and the range.
         separator: between the items of a sequence held as text.
         max_length: of a sequence; longer ones keep their last items.
         min_count: how often a value must be seen in training to have its own id.
+        hash_buckets: how many ids the hashes of values share (0: values are counted and have ids of their own).
+        encoded: how many ids a column has that holds ids already (0: it holds values); ``words`` then name all of them.
+        share: the field whose ids these are too.
     """
 
     name: str
@@ -102,21 +107,30 @@ class Field:
     separator: str = ""
     max_length: int = 0
     min_count: int = 1
+    hash_buckets: int = 0
+    encoded: int = 0
+    share: str = ""
 
     @property
     def size(self) -> int:
         """How many ids the field has."""
-        return 1 if self.part == "numeric" else len(self.words) + 2
+        if self.part == "numeric":
+            return 1
+        return self.encoded or (self.hash_buckets + 1 if self.hash_buckets else len(self.words) + 2)
 
     @property
     def part(self) -> Part:
         """Which part of the batch holds the field."""
         if self.kind == "sequence":
             return "sequences"
-        return "numeric" if self.numeric == "standardize" else "ids"
+        return "numeric" if self.numeric in ("standardize", "minmax") else "ids"
 
     def value(self, local: int) -> str:
         """What a local id stands for."""
+        if self.encoded:
+            return self.words[local] if self.words else f"(id {local})"
+        if self.hash_buckets and local:
+            return f"(bucket {local - 1})"
         return "(number)" if self.part == "numeric" else ("(missing)", *self.words, "(unseen)")[local]
 
 
@@ -128,11 +142,13 @@ class Label:
         name: of the column.
         classes: the values that became 0 and 1; empty where the numbers themselves are the label.
         number: whether the classes are numbers, which may be written in several ways (1, 1.0).
+        threshold: of a number that is 1 from there on, and 0 below.
     """
 
     name: str
     classes: tuple[str, ...] = ()
     number: bool = False
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,14 +164,19 @@ class Schema:
         """The schema of fields whose offsets are still to be set."""
         order: tuple[Part, ...] = ("ids", "numeric", "sequences")
         placed: list[Field] = []
+        starts: dict[str, int] = {}
+        end = 0
         for one in sorted(fields, key=lambda f: order.index(f.part)):
-            placed.append(replace(one, offset=placed[-1].offset + placed[-1].size if placed else 0))
+            if (owner := one.share or one.name) not in starts:
+                starts[owner] = end
+                end += one.size
+            placed.append(replace(one, offset=starts[owner]))
         return cls(tuple(placed), tuple(labels), group)
 
     @property
     def num_ids(self) -> int:
         """Size of the global id space."""
-        return sum(f.size for f in self.fields)
+        return max((f.offset + f.size for f in self.fields), default=0)
 
     @property
     def longest(self) -> int:
@@ -181,7 +202,7 @@ class Schema:
         )
 
     def locate(self, global_id: int) -> tuple[str, str]:
-        """The field and the value behind a global id.
+        """The field and the value behind a global id; of fields that share it, the first.
 
         Raises:
             ValueError: if there is no such id.
@@ -199,23 +220,25 @@ class Schema:
                 "kind": f"{f.kind} ({f.numeric})" if f.numeric else f.kind,
                 "ids": f.size,
                 "first id": f.offset,
-                "values": f"mean {f.mean:.4g}, std {f.std:.4g}"
-                if f.part == "numeric"
-                else ", ".join(f.words[:4]) + ", ..." * (len(f.words) > 4),
+                "values": _summary(f),
             }
             for f in self.fields
         )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` gives the schema back."""
-        plain = asdict(self)
+        # Words that are another field's are written once.
+        own = replace(self, fields=tuple(replace(one, words=() if one.share else one.words) for one in self.fields))
+        plain = asdict(own)
         return {part: [_listed(one) for one in plain[part]] for part in ("fields", "labels")} | {"group": self.group}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Schema:
         """The schema that `to_dict` wrote."""
+        fields = [Field(**_tupled(one)) for one in plain["fields"]]
+        words = {one.name: one.words for one in fields}
         return cls(
-            tuple(Field(**_tupled(one)) for one in plain["fields"]),
+            tuple(replace(one, words=words[one.share or one.name]) for one in fields),
             tuple(Label(**_tupled(one)) for one in plain["labels"]),
             plain.get("group", ""),
         )
@@ -241,12 +264,22 @@ class Schema:
         for place, one in enumerate(self.of("sequences")):
             rows.sequences[:, place] = one.offset + _padded_ids(one, chunk, self.longest)
         for place, label in enumerate(self.labels if with_labels else ()):
-            rows.label[:, place] = _encode_label(label, chunk)
+            rows.label[:, place] = encode_label(label, chunk)
         if self.group and with_labels:
             assert rows.group is not None
             # A hash stands for the group: only whether two rows share it counts.
             rows.group[:, 0] = chunk.text(self.group).hash(0).to_numpy().view(np.int64)
         return rows
+
+
+def _summary(one: Field) -> str:
+    """What a field's values are, in a few words."""
+    if one.numeric == "minmax":
+        return f"from {one.mean:.4g} to {one.mean + one.std:.4g}"
+    if one.part == "numeric":
+        return f"mean {one.mean:.4g}, std {one.std:.4g}"
+    shared = f"those of {one.share}" if one.share else ""
+    return shared or ("hashed" if one.hash_buckets else ", ".join(one.words[:4]) + ", ..." * (len(one.words) > 4))
 
 
 def _listed(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,6 +299,8 @@ def criteo_bucket(numbers: pl.Series) -> pl.Series:
 def items_of(one: Field, chunk: Chunk) -> tuple[pl.Series, NDArray[np.int64]]:
     """All items of a column of sequences end to end, missing ones left out, and how many each row has."""
     column = chunk.frame[one.name]
+    if one.encoded:
+        column = column.list.eval(pl.element().filter(pl.element() != 0))  # padding
     lists = column if isinstance(column.dtype, pl.List) else as_text(column).str.split(one.separator)
     rows = pl.DataFrame({"row": pl.int_range(len(lists), eager=True), "item": lists}).explode("item")
     rows = rows.with_columns(clean(as_text(rows["item"]))).drop_nulls()
@@ -274,6 +309,8 @@ def items_of(one: Field, chunk: Chunk) -> tuple[pl.Series, NDArray[np.int64]]:
 
 def _local_ids(one: Field, chunk: Chunk) -> NDArray[np.int32]:
     """(rows,) local ids of a categorical or bucketed field."""
+    if one.encoded:
+        return _given_ids(one, chunk, chunk.text(one.name), np.arange(chunk.frame.height))
     if not one.numeric:
         return _word_ids(one, chunk.text(one.name))
     if one.numeric == "bucket":
@@ -283,12 +320,27 @@ def _local_ids(one: Field, chunk: Chunk) -> NDArray[np.int32]:
 
 
 def _word_ids(one: Field, words: pl.Series) -> NDArray[np.int32]:
+    if one.hash_buckets:
+        buckets = 1 + hashed(words) % np.uint64(one.hash_buckets)
+        return np.where(words.is_null().to_numpy(), 0, buckets).astype(np.int32)
     vocabulary = pl.DataFrame(
         {"word": pl.Series(one.words, dtype=pl.String), "id": np.arange(1, len(one.words) + 1, dtype=np.int32)}
     )
     found = words.alias("word").to_frame().join(vocabulary, on="word", how="left", maintain_order="left")
     absent = pl.when(pl.col("word").is_null()).then(0).otherwise(len(one.words) + 1)
     return found.select(pl.col("id").fill_null(absent).cast(pl.Int32)).to_series().to_numpy()
+
+
+def _given_ids(one: Field, chunk: Chunk, ids: pl.Series, row: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Ids as they are given, each in a row of the chunk, if they are some of the field's."""
+    numbers = ids.cast(pl.Int64, strict=False)
+    if (bad := (~numbers.is_between(0, one.size - 1)).fill_null(True).arg_true()).len():
+        raise chunk.error(
+            row[bad[0]],
+            one.name,
+            f"{ids[bad[0]]!r} is no id from 0 to {one.size - 1}, as FuxiCTR's preprocessing writes",
+        )
+    return numbers.cast(pl.Int32).to_numpy()
 
 
 def _padded_ids(one: Field, chunk: Chunk, width: int) -> NDArray[np.int32]:
@@ -299,15 +351,18 @@ def _padded_ids(one: Field, chunk: Chunk, width: int) -> NDArray[np.int32]:
     place = np.arange(len(items)) - starts[row]
     kept = place >= 0
     padded = np.zeros((len(lengths), width), np.int32)
-    padded[row[kept], place[kept]] = _word_ids(one, items)[kept]
+    ids = _given_ids(one, chunk, items, row) if one.encoded else _word_ids(one, items)
+    padded[row[kept], place[kept]] = ids[kept]
     return padded
 
 
-def _encode_label(label: Label, chunk: Chunk) -> NDArray[np.float32]:
+def encode_label(label: Label, chunk: Chunk) -> NDArray[np.float32]:
     """(rows,) the label as numbers."""
     column = chunk.frame[label.name]
     if (gaps := column.is_null().arg_true()).len():
         raise chunk.error(gaps[0], label.name, "the label is missing; every row needs one")
+    if label.threshold is not None:
+        return (chunk.numbers(label.name) >= label.threshold).cast(pl.Float32).to_numpy()
     if not label.classes:
         return chunk.numbers(label.name).cast(pl.Float32).to_numpy()
     zero, one = label.classes

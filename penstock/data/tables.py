@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,9 +23,16 @@ import yaml
 from numpy.typing import NDArray
 
 from penstock.data.base import Data, Source
+from penstock.data.changes import check_kinds
+from penstock.data.fuxictr import encoded_folder, read_map, read_splits
+from penstock.data.hashing import hashed
+from penstock.data.leaks import Leaks
 from penstock.data.loader import Batches
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
+from penstock.data.recbole import open_table
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
+from penstock.data.times import are_dates, times
+from penstock.data.vectors import Vectors, read_vectors
 from penstock.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -33,6 +41,9 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_NAMES = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2, "testing": 2}
 _LABEL_NAMES = ("label", "click", "clicked", "is_click", "target", "y")
 _SEPARATORS = ("^", "|")
+_SETTINGS = (  # of the columns file
+    *("kind", "numeric", "max_length", "min_count", "separator", "hash_buckets", "share", "pretrained", "freeze"),
+)
 _LONGEST = 50  # items of a sequence, unless the columns file says otherwise
 _FEW = 10  # whole numbers with no more different values than this are categories
 _SAMPLE = 1 << 20  # numbers kept to find quantiles
@@ -44,21 +55,35 @@ class TableConfig:
 
     min_count: int = 2
     """Values seen less often in training share their field's "unseen" id."""
+    hash_above: int = 0
+    """Columns of which more values are kept than this get so many hashed ids instead; 0: none do."""
     columns: str = ""
     """A YAML file that says what columns are: `age: numeric`, `zip: categorical`, `id: drop`, or
-    `genres: {kind: sequence, separator: "|", max_length: 6}` (also min_count and numeric)."""
+    `genres: {kind: sequence, separator: "|", max_length: 6}`. Also min_count and numeric; `hash_buckets: 100000` gives
+    the hashes of values so many ids instead of counting words, `share: item` gives a column the ids of another, and
+    `pretrained: vectors.parquet` starts values from vectors, for good with `freeze: true`."""
     validation_ratio: float = 0.1
     """Share of rows held out for validation, where no split column says which."""
     test_ratio: float = 0.1
     """Share of rows held out for the test, where there is neither a test file nor a split column."""
+    split: Literal["random", "time", "user"] = "random"
+    """Rows are split at random; by time, the earliest to train on and the latest for the test; or by user, all rows of
+    one to the same split. The column of times or users is no feature unless the columns file names it."""
+    time_column: str = ""
+    """Of a split by time: numbers, or dates as 2024-05-31 or 2024-05-31 12:30:00."""
+    user_column: str = ""
+    """Of a split by user."""
     split_column: str = ""
     """A column whose values are train, validation and test."""
     group_column: str = ""
     """A column (user, session) within whose values AUC is measured too; it remains a feature unless dropped."""
+    label_threshold: float | None = None
+    """Makes a rating a label: what is this or more becomes 1, what is less 0."""
     seed: int = 0
-    """Of the random split."""
+    """Of a split at random or by user."""
     numeric: Numeric = "bucket"
-    """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers."""
+    """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers,
+    each times a learned vector of its column: standardised, or scaled to 0 .. 1 (minmax)."""
     num_quantiles: int = 20
     """Categories of a number cut by quantile."""
     memory_mb: int = 1024
@@ -71,7 +96,12 @@ class TableConfig:
                 f"validation_ratio={self.validation_ratio}, test_ratio={self.test_ratio}: each is a share of the rows, "
                 "and some must be left for training"
             )
-        for name, least in (("min_count", 1), ("num_quantiles", 2), ("memory_mb", 0)):
+        if self.split != "random" and self.split_column:
+            raise UserError(f"split={self.split} and split_column={self.split_column!r}: give one of the two")
+        for how, column in (("time", self.time_column), ("user", self.user_column)):
+            if (self.split == how) != bool(column):
+                raise UserError(f"split={self.split} and {how}_column={column!r}: one goes with the other")
+        for name, least in (("min_count", 1), ("num_quantiles", 2), ("memory_mb", 0), ("hash_above", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be {least} or more")
 
@@ -84,14 +114,23 @@ class TableData(Data):
         splits: the rows of each split.
         source: where it is from, for people.
         notes: what was done that a person should know.
+        vectors: pre-trained, of some ids.
 
     Attributes:
         spec: ``schema`` (plain); ``fields`` (names), ``field_sizes`` and ``offsets`` in the order of the batch;
             ``num_ids``; ``group`` (the column of groups); ``num_id_fields`` F, ``num_numeric`` N and ``num_sequences`` S; ``labels`` (names).
     """
 
-    def __init__(self, schema: Schema, splits: Mapping[Split, Rows], source: str, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        splits: Mapping[Split, Rows],
+        source: str,
+        notes: Sequence[str] = (),
+        vectors: Sequence[Vectors] = (),
+    ) -> None:
         self.schema, self.splits, self.source, self.notes = schema, splits, source, list(notes)
+        self.vectors = vectors
         self.spec = {
             "schema": schema.to_dict(),
             "fields": [f.name for f in schema.fields],
@@ -150,16 +189,15 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     """
     assert source.data is not None, "a table needs a path; the embedded default is made elsewhere"
     config.check()
-    raw = RawTable(source.data)
-    held_out = RawTable(source.test) if source.test is not None else None
+    if (encoded := encoded_folder(source.data)) is not None:
+        return _read_encoded(encoded, config, source, several=labels == "any")
+    raw = open_table(source.data)
+    held_out = open_table(source.test) if source.test is not None else None
     targets = _label_columns(raw, source.label, several=labels == "any")
-    if config.split_column:
-        if config.split_column not in raw.columns:
-            raise UserError(
-                f"{raw.path}: no column {config.split_column!r} to split by; "
-                f"{did_you_mean(config.split_column, raw.columns)}"
-            )
-    elif held_out is None and config.test_ratio == 0:
+    splitting = config.split_column or config.time_column or config.user_column
+    if splitting and splitting not in raw.columns:
+        raise UserError(f"{raw.path}: no column {splitting!r} to split by; {did_you_mean(splitting, raw.columns)}")
+    if not config.split_column and held_out is None and config.test_ratio == 0:
         raise UserError("test_ratio=0 leaves nothing to test on; give a larger one, a test file or a split column")
     if config.group_column and config.group_column not in raw.columns:
         raise UserError(
@@ -170,14 +208,20 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         held_out.must_have([*targets, *filter(None, [config.group_column])])
 
     scan = _scan(raw, config, held_out is not None)
-    label_fields = [_label(raw, name, scan.columns[name], labels) for name in targets]
-    plans, notes = _plan(raw, scan, {*targets, config.split_column}, overrides, config)
+    label_fields = [_label(raw, name, scan.columns[name], labels, config.label_threshold) for name in targets]
+    unasked = {config.time_column, config.user_column} - {"", *overrides}
+    plans, notes = _plan(raw, scan, {*targets, config.split_column, *unasked}, overrides, config)
+    notes += [f"{name} splits the rows and is no feature; name it in a columns file to make it one" for name in unasked]
     if held_out is not None:
         held_out.must_have([plan.name for plan in plans])
         if not (rows := held_out.count_rows()):
             raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
         scan.rows["test"] = rows
-    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None), label_fields, config.group_column)
+    leaks = Leaks(plans, label_fields)
+    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None, leaks), label_fields, config.group_column)
+    notes += leaks.notes()
+    vectors, coverage = read_vectors(schema, overrides, config.columns)
+    notes += coverage
     notes += [f"{x.name}: {x.classes[0]!r} became 0 and {x.classes[1]!r} became 1" for x in label_fields if x.classes]
 
     size = sum(4 * math.prod(shape) for rows in scan.rows.values() for shape in schema.shapes(rows))
@@ -188,15 +232,38 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         # The files are mapped before the folder goes: the rows live on without a name, and end with the process.
         stores = {split: _Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
         for chunk, codes in _split_chunks(raw, config, held_out is not None):
-            encoded = schema.encode(chunk)
+            part = schema.encode(chunk)
             for code in np.unique(codes):
-                stores[SPLITS[code]].append(encoded.where(codes == code))
+                stores[SPLITS[code]].append(part.where(codes == code))
         if held_out is not None:
-            for chunk in held_out.chunks():
+            for chunk in checked_chunks(schema, held_out):
                 stores["test"].append(schema.encode(chunk))
         splits = {split: store.finish() for split, store in stores.items()}
     _check_classes(raw, schema, splits)
-    return TableData(schema, splits, str(raw.path), notes)
+    return TableData(schema, splits, str(raw.path), notes, vectors)
+
+
+def _read_encoded(path: Path, config: TableConfig, source: Source, *, several: bool) -> TableData:
+    """A table that FuxiCTR has encoded and split."""
+    schema, notes = read_map(path, source.label, config.group_column, several=several)
+    tables = read_splits(path, source.test)
+    columns = [f.name for f in schema.fields] + [x.name for x in schema.labels] + [schema.group] * (schema.group != "")
+    rows: dict[Split, int] = {}
+    for split in SPLITS:
+        tables[split].must_have(columns)
+        rows[split] = tables[split].count_rows()
+        if not rows[split]:
+            raise UserError(f"{tables[split].path}: holds no row for {split}")
+    size = sum(4 * math.prod(shape) for count in rows.values() for shape in schema.shapes(count))
+    splits: dict[Split, Rows] = {}
+    with tempfile.TemporaryDirectory(prefix="penstock-", ignore_cleanup_errors=True) as folder:
+        for split, count in rows.items():
+            store = _Store(schema, count, Path(folder) / split if size > config.memory_mb << 20 else None)
+            for chunk in tables[split].chunks():
+                store.append(schema.encode(chunk))
+            splits[split] = store.finish()
+    _check_classes(tables["train"], schema, splits)
+    return TableData(schema, splits, str(path), notes)
 
 
 def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[TableBatch]:
@@ -211,12 +278,20 @@ def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[
         UserError: as `read_table`.
     """
     schema = Schema.from_dict(spec["schema"])
-    raw = RawTable(path)
+    raw = open_table(path)
     raw.must_have([f.name for f in schema.fields])
-    for chunk in raw.chunks():
+    for chunk in checked_chunks(schema, raw):
         rows = schema.encode(chunk, with_labels=False)
         for first in range(0, len(rows.label), batch_size):
             yield rows.batch(slice(first, first + batch_size))
+
+
+def checked_chunks(schema: Schema, table: RawTable) -> Iterator[Chunk]:
+    """The chunks of a table, if its columns are of the kinds they had in training."""
+    for place, chunk in enumerate(table.chunks()):
+        if place == 0:
+            check_kinds(schema, chunk)
+        yield chunk
 
 
 # -- scan: what is in the file -------------------------------------------------------------------------------
@@ -233,6 +308,8 @@ class _Seen:
     is_list: bool = False
     distinct: set[str] = field(default_factory=set)
     separated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SEPARATORS, 0))
+    alone: dict[str, tuple[Chunk, int, str]] = field(default_factory=dict)
+    """The first cell, as a chunk without its frame, a row and the text, that has this separator and no other."""
 
     def update(self, name: str, chunk: Chunk) -> None:
         column = chunk.frame[name]
@@ -252,8 +329,30 @@ class _Seen:
         if len(self.distinct) <= _FEW:
             self.distinct.update(as_text(present.unique()).sort()[: 2 * _FEW].to_list())
         if not self.is_number:
-            for separator in _SEPARATORS:
-                self.separated[separator] += int(present.str.contains(separator, literal=True).sum())
+            has = {s: column.str.contains(s, literal=True).fill_null(False) for s in _SEPARATORS}
+            for separator, rows in has.items():
+                self.separated[separator] += int(rows.sum())
+            if any(self.separated.values()):
+                # Not before a space, where a comma divides a sentence.
+                has[","] = column.str.contains(r",\S").fill_null(False)
+                self._note_alone(has, column, chunk)
+
+    def _note_alone(self, has: Mapping[str, pl.Series], column: pl.Series, chunk: Chunk) -> None:
+        count = sum((rows.cast(pl.Int8) for rows in has.values()), pl.zeros(len(column), pl.Int8, eager=True))
+        for separator, rows in has.items():
+            if separator not in self.alone and (at := (rows & (count == 1)).arg_true()).len():
+                self.alone[separator] = (chunk._replace(frame=chunk.frame.clear()), at[0], column[at[0]])
+
+    def one_separator(self, name: str, usual: str) -> None:
+        """Raise `UserError` if some cells of a sequence have no ``usual`` separator but another."""
+        for separator, (chunk, row, text) in self.alone.items():
+            if separator != usual:
+                say = f'`{name}: {{kind: sequence, separator: "{usual}"}}`'
+                raise chunk.error(
+                    row,
+                    name,
+                    f"{text!r} is divided by {separator!r} and others by {usual!r}; say {say} in a columns file",
+                )
 
 
 class _Scan(NamedTuple):
@@ -293,8 +392,13 @@ def _split_chunks(raw: RawTable, config: TableConfig, has_test: bool) -> Iterato
     test_from = 1.0 if has_test else 1.0 - config.test_ratio
     validation_from = test_from - config.validation_ratio
     for chunk in raw.chunks():
+        if config.split == "time":
+            shares = (validation_from,) if has_test else (validation_from, test_from)
+            cuts = _time_cuts(raw, config.time_column, shares, config.seed)
+            yield chunk, np.searchsorted(cuts, times(chunk, config.time_column))
+            continue
         if not config.split_column:
-            lot = draw.random(chunk.frame.height)
+            lot = draw.random(chunk.frame.height) if config.split == "random" else _user_lots(chunk, config)
             yield chunk, (lot >= validation_from).astype(np.int64) + (lot >= test_from)
             continue
         marks = chunk.text(config.split_column)
@@ -304,6 +408,29 @@ def _split_chunks(raw: RawTable, config: TableConfig, has_test: bool) -> Iterato
                 bad[0], config.split_column, f"{marks[bad[0]]!r} is no split; it must be train, validation or test"
             )
         yield chunk, codes.to_numpy()
+
+
+@lru_cache(maxsize=1)  # a table is split at every reading, and its times are the same
+def _time_cuts(raw: RawTable, column: str, shares: tuple[float, ...], seed: int) -> NDArray[np.float64]:
+    """The times up to which such shares of the rows lie."""
+    sample = _Sample(seed)
+    sorts: set[bool] = set()
+    for chunk in raw.chunks():
+        sample.add(times(chunk, column))
+        sorts.add(are_dates(chunk, column))
+        if len(sorts) > 1:
+            raise chunk.error(0, column, "numbers and dates are mixed in this column; a split by time needs one sort")
+    if not len(sample.numbers):
+        return np.empty(0)
+    return np.quantile(sample.numbers, shares, method="lower")
+
+
+def _user_lots(chunk: Chunk, config: TableConfig) -> NDArray[np.float64]:
+    """(rows,) numbers from 0 to 1, the same for all rows of a user."""
+    users = chunk.text(config.user_column)
+    if (gaps := users.is_null().arg_true()).len():
+        raise chunk.error(gaps[0], config.user_column, "the user is missing; a split by user needs one in every row")
+    return hashed(users, config.seed) / 2.0**64
 
 
 # -- the label and the kinds of columns ----------------------------------------------------------------------
@@ -327,7 +454,9 @@ def _label_columns(raw: RawTable, asked: str | None, *, several: bool) -> list[s
     return names
 
 
-def _label(raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"]) -> Label:
+def _label(
+    raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"], threshold: float | None = None
+) -> Label:
     if seen.first_gap is not None:
         raise seen.first_gap
     where = f"{raw.path}, column {name!r}"
@@ -337,12 +466,17 @@ def _label(raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"
     classes = [str(int(x)) if x.is_integer() else repr(x) for x in numbers] or sorted(seen.distinct)
     if len(classes) == 1:
         raise UserError(f"{where}: every row has the label {classes[0]!r}; there is nothing to tell apart")
+    if threshold is not None:
+        if not seen.is_number:
+            raise UserError(f"{where}: label_threshold={threshold:g} is for a label that is a number, and this is text")
+        return Label(name, (f"below {threshold:g}", f"{threshold:g} or more"), threshold=threshold)
     if len(classes) == 2:
         return Label(name, tuple(classes), number=seen.is_number)
     if kinds == "any" and seen.is_number:
         return Label(name)
+    cut = "; a rating becomes a label with label_threshold" if seen.is_number else ""
     raise UserError(
-        f"{where}: a label must have two values, and it has {', '.join(classes[:4])}" + ", ..." * (len(classes) > 4)
+        f"{where}: a label must have two values, and it has {', '.join(classes[:4])}{', ...' * (len(classes) > 4)}{cut}"
     )
 
 
@@ -373,14 +507,14 @@ def _check_override(where: str, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if key in choices:
             right, fits = f"one of {', '.join(choices[key])}", value in choices[key]
-        elif key in ("max_length", "min_count"):
+        elif key in ("max_length", "min_count", "hash_buckets"):
             right, fits = "a whole number, 1 or more", isinstance(value, int) and value >= 1
-        elif key == "separator":
+        elif key == "freeze":
+            right, fits = "true or false", isinstance(value, bool)
+        elif key in ("separator", "share", "pretrained"):
             right, fits = "some text", isinstance(value, str) and value != ""
         else:
-            raise UserError(
-                f"{where}: {key!r} is no setting; there are kind, numeric, max_length, min_count and separator"
-            )
+            raise UserError(f"{where}: {key!r} is no setting; there are {', '.join(_SETTINGS)}")
         if not fits:
             raise UserError(f"{where}: {key} is {value!r} and must be {right}")
 
@@ -390,19 +524,23 @@ def _plan(
 ) -> tuple[list[Field], list[str]]:
     """The fields to fit, and notes on what was left out."""
     plans = []
-    notes = ["a column without a name was left out"] if "" in raw.columns else []
+    notes = [*raw.notes, *["a column without a name was left out"] * ("" in raw.columns)]
     if not raw.has_header:
         notes.append("there is no header: read in Criteo's layout, a label, the counts I1 to I13 and C1 to C26")
     for name, seen in scan.columns.items():
-        settings = overrides.get(name, {})
+        settings = {**raw.settings.get(name, {}), **overrides.get(name, {})}
         if name in other or settings.get("kind") == "drop":
             continue
         if not seen.present:
             notes.append(f"{name} has no value in any row and was left out")
             continue
+        if seen.present < sum(scan.rows.values()) / 2:
+            notes.append(f"{name}: {1 - seen.present / sum(scan.rows.values()):.0%} of its values are missing")
         known: Kind = "numeric" if name.startswith("I") else "categorical"
         kind: Kind = settings.get("kind") or (_infer(name, seen) if raw.has_header else known)
         usual = max(_SEPARATORS, key=lambda s: seen.separated[s])
+        if kind == "sequence" and "separator" not in settings:
+            seen.one_separator(name, usual)
         plans.append(
             Field(
                 name,
@@ -411,11 +549,32 @@ def _plan(
                 separator=settings.get("separator", usual) if kind == "sequence" else "",
                 max_length=settings.get("max_length", 0) if kind == "sequence" else 0,
                 min_count=settings.get("min_count", config.min_count),
+                hash_buckets=settings.get("hash_buckets", 0),
+                share=settings.get("share", ""),
             )
         )
     if not plans:
         raise UserError(f"{raw.path}: no column beside the label has a value; there is nothing to learn from")
-    return plans, notes
+    return [_shared(plan, plans, config) for plan in plans], notes
+
+
+def _shared(plan: Field, plans: Sequence[Field], config: TableConfig) -> Field:
+    """The plan of a column that has another's ids, once it is certain that it can."""
+    where = f"{config.columns}, {plan.name}"
+    if plan.kind == "numeric" and (plan.hash_buckets or plan.share):
+        key = "share" if plan.share else "hash_buckets"
+        raise UserError(f"{where}: {key} is for words, and the column is numeric; say kind: categorical or sequence")
+    if not plan.share:
+        return plan
+    owner = next((one for one in plans if one.name == plan.share), None)
+    if owner is None or owner is plan or owner.kind == "numeric":
+        others = [one.name for one in plans if one.kind != "numeric" and one is not plan]
+        raise UserError(f"{where}: share is {plan.share!r} and must be another column of words: {', '.join(others)}")
+    if owner.share:
+        raise UserError(f"{where}: {owner.name} shares the ids of {owner.share} itself; say share: {owner.share}")
+    if plan.hash_buckets:
+        raise UserError(f"{where}: has the ids of {owner.name}; give hash_buckets there")
+    return replace(plan, hash_buckets=owner.hash_buckets, min_count=owner.min_count)
 
 
 def _infer(name: str, seen: _Seen) -> Kind:
@@ -457,13 +616,18 @@ class _Counts:
 
 
 class _Moments:
-    """Mean and standard deviation of a stream (Chan, Golub and LeVeque 1983)."""
+    """Mean, standard deviation (Chan, Golub and LeVeque 1983), least and greatest value of a stream."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.least, self.most = 0.0, 0.0
 
     def add(self, numbers: NDArray[np.float64]) -> None:
         if len(numbers):
+            low, high = float(numbers.min()), float(numbers.max())
+            if self.count:
+                low, high = min(low, self.least), max(high, self.most)
+            self.least, self.most = low, high
             total, delta = self.count + len(numbers), float(numbers.mean()) - self.mean
             self.squares += float(numbers.var()) * len(numbers) + delta**2 * self.count * len(numbers) / total
             self.mean += delta * len(numbers) / total
@@ -507,11 +671,13 @@ class _Fitter:
     def update(self, chunk: Chunk) -> None:
         plan = self.plan
         if plan.kind == "categorical":
-            self.counts.add(chunk.text(plan.name))
+            if not plan.hash_buckets:
+                self.counts.add(chunk.text(plan.name))
         elif plan.kind == "sequence":
             items, lengths = items_of(plan, chunk)
             self.longest = max(self.longest, int(lengths.max(initial=0)))
-            self.counts.add(items)
+            if not plan.hash_buckets:
+                self.counts.add(items)
         elif plan.numeric == "bucket":
             self.counts.add(as_text(criteo_bucket(chunk.numbers(plan.name))))
         else:
@@ -520,25 +686,37 @@ class _Fitter:
 
     def field(self) -> Field:
         plan = self.plan
-        if plan.kind == "categorical":
-            return replace(plan, words=self.counts.words(plan.min_count))
         if plan.kind == "sequence":
-            longest = plan.max_length or min(self.longest, _LONGEST)
-            return replace(plan, words=self.counts.words(plan.min_count), max_length=longest)
+            plan = replace(plan, max_length=plan.max_length or min(self.longest, _LONGEST))
+        if plan.hash_buckets:
+            return plan
+        if plan.kind != "numeric":
+            words = self.counts.words(plan.min_count)
+            if 0 < self.config.hash_above < len(words):
+                return replace(plan, hash_buckets=self.config.hash_above)
+            return replace(plan, words=words)
         if plan.numeric == "bucket":
             return replace(plan, words=tuple(sorted(self.counts.words(1), key=int)))
         if plan.numeric == "standardize":
             return replace(plan, mean=self.moments.mean, std=self.moments.std)
+        if plan.numeric == "minmax":
+            # A constant becomes 0, as it does when standardised.
+            return replace(plan, mean=self.moments.least, std=self.moments.most - self.moments.least or 1.0)
         edges = self.sample.edges(self.config.num_quantiles)
         ends = ["-inf", *(f"{edge:.6g}" for edge in edges), "inf"]
         words = tuple(f"({low}, {high}]" for low, high in pairwise(ends))
         return replace(plan, words=words, edges=edges)
 
 
-def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool) -> list[Field]:
+def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool, leaks: Leaks) -> list[Field]:
     fitters = [_Fitter(plan, config) for plan in plans]
+    by_name = {fitter.plan.name: fitter for fitter in fitters}
+    for fitter in fitters:
+        if fitter.plan.share:
+            fitter.counts = by_name[fitter.plan.share].counts
     for chunk, codes in _split_chunks(raw, config, has_test):
         training = chunk._replace(frame=chunk.frame.filter(pl.Series(codes == 0)))
+        leaks.update(training)
         for fitter in fitters:
             fitter.update(training)
     return [fitter.field() for fitter in fitters]

@@ -46,6 +46,7 @@ from penstock.lab.train import (
     train_stage,
 )
 from penstock.ops.workspace import keep_freed_memory
+from penstock.tasks.pretrained import start_from_vectors
 
 #: Batches of the test split on which gates are watched for the final statistics.
 _WATCHED_BATCHES = 20
@@ -121,7 +122,8 @@ class Job:
             chosen = {name: build for name, build in arms.items() if not options.arms or name in options.arms}
             for build in chosen.values():
                 with torch.device("meta"):
-                    build()
+                    model = build()
+                start_from_vectors(model, data)
             check_budget(config.train, len(data.train(config.train.batch_size, 0)))
         return cls(found, config, options, data, chosen, reporter, judged)
 
@@ -204,7 +206,9 @@ class Job:
     def _built(self, arm: str, seed: int) -> nn.Module:
         seed_all(seed)
         with _user_errors():
-            return self.arms[arm]()
+            model = self.arms[arm]()
+            start_from_vectors(model, self.data)
+            return model
 
     def _train(self, folder: RunFolder, arm: str, seed: int, model: nn.Module) -> tuple[list[Trained], float]:
         done: list[Trained] = []

@@ -5,7 +5,7 @@ Shape legend: B batch, F fields with one id a row, N numeric fields, S sequences
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from penstock.nn.lazy_adam import LazyAdam
 from penstock.ops.rows import rows_of
 from penstock.tasks.base import Task, Training
 from penstock.tasks.click_metrics import AUCError, Calibration, GroupAUC, LogLossError
+from penstock.tasks.pretrained import FrozenRows, frozen_rows
 from penstock.tasks.search import RetrainStage, SearchStage
 
 if TYPE_CHECKING:
@@ -55,12 +56,22 @@ class ClickPrediction(Task):
 
     def __init__(self, model: nn.Module, train: Training, data: Data) -> None:
         super().__init__(model, train, data)
+        self._frozen: Sequence[FrozenRows] = ()
         self.lazy = isinstance(train, ClickTraining) and train.lazy_embeddings
         if self.lazy and train.optimizer == "sgd":
             raise UserError("--train.lazy-embeddings goes with --train.optimizer adam or adamw, not sgd")
         for module in model.modules():
             if isinstance(module, RowTable):
                 module.sparse = self.lazy
+
+    def on_train_start(self) -> None:
+        # Not before: a checkpoint may have been loaded, and the model moved.
+        self._frozen = frozen_rows(self.model, self.data)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for rows in self._frozen:
+            rows.restore()
 
     def step(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
         logits_B = self.model(*self.inputs(batch))

@@ -348,6 +348,7 @@ def build(
     first, second = config.stream_1, config.stream_2
     return FinalMLP(
         spec["field_sizes"],
+        offsets=spec["offsets"],
         num_numeric=spec["num_numeric"],
         num_sequences=spec["num_sequences"],
         dim=config.dim,
@@ -375,6 +376,7 @@ def build_plain(config: FinalMLPConfig, spec: Mapping[str, Any], *, streams: Lit
     first, second = config.stream_1, config.stream_2
     return DualMLP(
         spec["field_sizes"],
+        offsets=spec["offsets"],
         num_numeric=spec["num_numeric"],
         num_sequences=spec["num_sequences"],
         dim=config.dim,

@@ -47,18 +47,28 @@ class Embedding(FieldEmbedding):
         dim: width D.
         num_numeric: how many fields are numeric, N.
         num_sequences: how many are sequences, S.
+        offsets: the first row of each field (M), which fields may share; default: one field's after the other's.
 
     Shapes: ids (B, F) int64, numeric (B, N), sequences (B, S, L) int64 -> (B, M, D).
     """
 
-    def __init__(self, field_sizes: Sequence[int], dim: int, *, num_numeric: int = 0, num_sequences: int = 0) -> None:
+    def __init__(
+        self,
+        field_sizes: Sequence[int],
+        dim: int,
+        *,
+        num_numeric: int = 0,
+        num_sequences: int = 0,
+        offsets: Sequence[int] | None = None,
+    ) -> None:
         check_fields(field_sizes, num_numeric, num_sequences)
-        offsets = [0, *accumulate(field_sizes)]
+        starts = first_rows(field_sizes) if offsets is None else list(offsets)
+        rows = max(start + size for start, size in zip(starts, field_sizes, strict=True))
         single = len(field_sizes) - num_numeric - num_sequences
-        numeric, sequences = offsets[single : single + num_numeric], offsets[single + num_numeric : -1]
-        missing = offsets[:single] + sequences
+        numeric, sequences = starts[single : single + num_numeric], starts[single + num_numeric :]
+        missing = starts[:single] + sequences
         super().__init__(
-            offsets[-1],
+            rows,
             dim,
             numeric_ids=numeric,
             padding_ids=sequences,
@@ -75,7 +85,7 @@ class Context(nn.Module):
 
     Args:
         places: the fields, as places among the M.
-        field_sizes, dim, num_numeric, num_sequences: of the whole row, as for `Embedding`.
+        field_sizes, dim, num_numeric, num_sequences, offsets: of the whole row, as for `Embedding`.
 
     Shapes: ids (B, F) int64, numeric (B, N), sequences (B, S, L) int64 -> (B, len(places) D), in the row's order.
     """
@@ -83,7 +93,14 @@ class Context(nn.Module):
     shift: Tensor
 
     def __init__(
-        self, places: Sequence[int], field_sizes: Sequence[int], dim: int, *, num_numeric: int, num_sequences: int
+        self,
+        places: Sequence[int],
+        field_sizes: Sequence[int],
+        dim: int,
+        *,
+        num_numeric: int,
+        num_sequences: int,
+        offsets: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         own = sorted(places)
@@ -96,12 +113,17 @@ class Context(nn.Module):
         self.ids = [p for p in own if p < single]
         self.numeric = [p - single for p in own if single <= p < single + num_numeric]
         self.sequences = [p - single - num_numeric for p in own if p >= single + num_numeric]
+        before = first_rows(field_sizes) if offsets is None else list(offsets)
+        sizes = {before[p]: field_sizes[p] for p in own}  # of what is shared, once
+        here = dict(zip(sizes, first_rows(list(sizes.values())), strict=True))
         self.embedding = Embedding(
-            [field_sizes[p] for p in own], dim, num_numeric=len(self.numeric), num_sequences=len(self.sequences)
+            [field_sizes[p] for p in own],
+            dim,
+            num_numeric=len(self.numeric),
+            num_sequences=len(self.sequences),
+            offsets=[here[before[p]] for p in own],
         )
-        before = [0, *accumulate(field_sizes)]
-        here = [0, *accumulate(field_sizes[p] for p in own)]
-        shift = [new - before[place] for new, place in zip(here, own, strict=False)]
+        shift = [here[before[p]] - before[p] for p in own]
         self.register_buffer("shift", torch.tensor(shift), persistent=False)
 
     def forward(self, ids_BF: Tensor, numeric_BN: Tensor | None = None, sequences_BSL: Tensor | None = None) -> Tensor:
@@ -111,6 +133,11 @@ class Context(nn.Module):
         if sequences_BSL is not None and self.sequences:
             sequences = sequences_BSL[:, self.sequences] + self.shift[-len(self.sequences) :, None]
         return self.embedding(ids, numeric, sequences).flatten(1)
+
+
+def first_rows(field_sizes: Sequence[int]) -> list[int]:
+    """Where each field's rows begin when they lie end to end."""
+    return [0, *accumulate(field_sizes)][:-1]
 
 
 def check_fields(field_sizes: Sequence[int], num_numeric: int, num_sequences: int) -> None:
@@ -282,7 +309,7 @@ class ClickMLP(nn.Module):
     """What the networks share: the embedding and the regulariser of its table and of everything else.
 
     Args:
-        field_sizes, dim, num_numeric, num_sequences: as for `Embedding`.
+        field_sizes, dim, num_numeric, num_sequences, offsets: as for `Embedding`.
         embedding_regularizer, net_regularizer: see `parse_regularizer`.
     """
 
@@ -294,9 +321,12 @@ class ClickMLP(nn.Module):
         num_sequences: int,
         embedding_regularizer: Regularizer,
         net_regularizer: Regularizer,
+        offsets: Sequence[int] | None,
     ) -> None:
         super().__init__()
-        self.embedding = Embedding(field_sizes, dim, num_numeric=num_numeric, num_sequences=num_sequences)
+        self.embedding = Embedding(
+            field_sizes, dim, num_numeric=num_numeric, num_sequences=num_sequences, offsets=offsets
+        )
         self.field_sizes = list(field_sizes)
         self.flat_width = len(field_sizes) * dim
         parse_regularizer(embedding_regularizer)
@@ -331,9 +361,10 @@ class FinalMLP(ClickMLP, PyTorchModelHubMixin):
         ctx_init_std: of that constant's start; 0 as the authors', see `FeatureGate`.
         num_heads: of the fusion, a divisor of P and Q.
         embedding_regularizer, net_regularizer: of the tables and of everything else; see `parse_regularizer`.
+        offsets: each field's first id, which fields may share. Default: a field's ids start where those of the one
+            before it end.
 
-    Shapes: ids (B, F) int64, numeric (B, N), sequences (B, S, L) int64 -> logits (B,). Ids are global: a field's start
-    where the one before it ends.
+    Shapes: ids (B, F) int64, numeric (B, N), sequences (B, S, L) int64 -> logits (B,). Ids are global.
 
     Raises:
         ValueError: for sizes that cannot be.
@@ -362,13 +393,16 @@ class FinalMLP(ClickMLP, PyTorchModelHubMixin):
         num_heads: int = 1,
         embedding_regularizer: Regularizer = None,
         net_regularizer: Regularizer = None,
+        offsets: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(field_sizes, dim, num_numeric, num_sequences, embedding_regularizer, net_regularizer)
+        super().__init__(field_sizes, dim, num_numeric, num_sequences, embedding_regularizer, net_regularizer, offsets)
 
         def gate(places: Sequence[int]) -> FeatureGate:
             context = None
             if places:
-                context = Context(places, field_sizes, dim, num_numeric=num_numeric, num_sequences=num_sequences)
+                context = Context(
+                    places, field_sizes, dim, num_numeric=num_numeric, num_sequences=num_sequences, offsets=offsets
+                )
             return FeatureGate(dim, self.flat_width, gate_hidden, context=context, ctx_init_std=ctx_init_std)
 
         self.gate_1 = gate(context_1) if gated else None
@@ -416,8 +450,9 @@ class DualMLP(ClickMLP, PyTorchModelHubMixin):
         batch_norm_2: Norm = False,
         embedding_regularizer: Regularizer = None,
         net_regularizer: Regularizer = None,
+        offsets: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(field_sizes, dim, num_numeric, num_sequences, embedding_regularizer, net_regularizer)
+        super().__init__(field_sizes, dim, num_numeric, num_sequences, embedding_regularizer, net_regularizer, offsets)
         self.stream_1 = Perceptron(
             self.flat_width, hidden_1, 1, activations=activation_1, dropouts=dropout_1, batch_norm=batch_norm_1
         )

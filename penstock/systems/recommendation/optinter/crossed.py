@@ -144,7 +144,7 @@ class CrossedTable(TableData):
             + (f" ({hashed} pairs hashed)" if hashed else "")
             + f", {megabytes(total, dim):,.1f} MB in training at width {dim}"
         )
-        super().__init__(table.schema, table.splits, table.source, [*table.notes, note])
+        super().__init__(table.schema, table.splits, table.source, [*table.notes, note], table.vectors)
         self.table = table
         self.spec["crosses"] = crosses.to_spec()
 

@@ -34,6 +34,7 @@ from penstock.systems.recommendation.optinter.model import (
 from penstock.systems.recommendation.optinter.reading import methods_figure, size_figure
 from penstock.tasks.base import Task, Training
 from penstock.tasks.click_prediction import ClickPrediction, ClickTraining
+from penstock.tasks.pretrained import start_from_vectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,6 +211,7 @@ class InteractionRetrain(_InteractionTask):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(search.seed)
                 model.net.reset_weights("retrain")
+            start_from_vectors(model, data)
 
     def figures(self) -> dict[str, Figure]:
         figures = super().figures()
