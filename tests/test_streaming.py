@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 from collections import Counter
@@ -169,6 +170,22 @@ def _mapped_mb(folder: Path) -> float:
         elif ours and line.startswith("Rss:"):
             total += int(line.split()[1]) / 1024
     return total
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Store(Schema.lay_out([Field("c", "categorical")], [Label("y")]), 3, tmp_path / "rows")
+    store.paths = [Path("/dev/full")] * 5
+    nothing = np.zeros((3, 0), np.float32)
+    row = Rows(np.zeros((3, 1), np.int32), nothing, np.zeros((3, 0, 0), np.int32), np.zeros((3, 1), np.float32))
+    with pytest.raises(UserError, match="the disk is full; set TMPDIR"):
+        store.append(row)
+    monkeypatch.setattr(tables, "_HELD", 0)
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    with pytest.raises(UserError, match="the disk is full; set TMPDIR"):
+        read(saved(tmp_path / "clicks.csv"))
 
 
 # -- counting on disk ----------------------------------------------------------------------------------------

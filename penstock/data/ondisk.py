@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from penstock.data.loader import Batches
 from penstock.data.schema import Rows, Schema, TableBatch
+from penstock.errors import UserError
 
 _DTYPES = (np.int32, np.float32, np.int32, np.float32, np.int64)
 _BLOCK_BYTES = 1 << 19  # of rows that lie together: reading one costs little more than finding it
@@ -42,7 +46,7 @@ class Store:
         for array, part in zip(self.arrays, parts, strict=False):
             array[self.filled : self.filled + len(part)] = part
         for path, part in zip(self.paths, parts, strict=False):
-            with path.open("ab") as file:
+            with room(path.parent.parent), path.open("ab") as file:
                 file.write(np.ascontiguousarray(part).tobytes())
         self.filled += len(rows.label)
 
@@ -76,7 +80,8 @@ class DiskBatches(Batches):
         self.block = max(_BLOCK_BYTES // row_bytes, 1)
         self.window = self.block * (_WINDOW if shuffle else _AHEAD)
         self._held = (-1, -1)  # epoch and number of the window in memory
-        self._window, self._places = rows, torch.empty(0, dtype=torch.int64)
+        self._window: Rows | None = None
+        self._places = torch.empty(0, dtype=torch.int64)  # in the window, of the rows in the order of the epoch
 
     def _order(self) -> Tensor:
         """Places in the epoch; `_read` knows which rows have them."""
@@ -86,21 +91,21 @@ class DiskBatches(Batches):
         parts = []
         numbers = places // self.window
         for number in numbers.unique().tolist():
-            if self._held != (self.epoch, number):
-                self._load(number)
-                self._held = (self.epoch, number)
+            window = self._load(number)
             here = self._places[places[numbers == number] - number * self.window]
-            parts.append(self._window.batch(here.numpy()))
+            parts.append(window.batch(here.numpy()))
         return TableBatch(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _load(self, number: int) -> None:
+    def _load(self, number: int) -> Rows:
         """Bring a window into memory, its blocks one after the other, and mix the places of its rows."""
+        if self._window is not None and self._held == (self.epoch, number):
+            return self._window
         start, stop = number * self.window, min((number + 1) * self.window, self.size)
         blocks, shift, seed = self._cut()
-        self._window = self.rows  # lets go of the last one before there is another
-        window = Rows(
-            *[np.empty((stop - start, *part.shape[1:]), part.dtype) for part in self.rows if part is not None]
-        )
+        if self._window is None:
+            most = min(self.window, self.size)
+            parts = [part for part in self.rows if part is not None]
+            self._window = Rows(*[np.empty((most, *part.shape[1:]), part.dtype) for part in parts])
         filled = 0
         for block in blocks[start // self.block : -(-stop // self.block)].tolist():
             first = (block * self.block + shift) % self.size
@@ -108,11 +113,13 @@ class DiskBatches(Batches):
             # A block may go over the end of the ring.
             for low, high in ((first, min(first + length, self.size)), (0, first + length - self.size)):
                 if high > low:
-                    self._copy(window, filled, low, high)
+                    self._copy(self._window, filled, low, high)
                     filled += high - low
-        self._window, self._places = window, torch.arange(stop - start)
+        self._places = torch.arange(filled)
         if self.shuffle:
-            self._places = torch.randperm(stop - start, generator=torch.Generator().manual_seed(seed + number))
+            self._places = torch.randperm(filled, generator=torch.Generator().manual_seed(seed + number))
+        self._held = (self.epoch, number)
+        return self._window
 
     def _copy(self, window: Rows, place: int, low: int, high: int) -> None:
         for target, source in zip(window, self.rows, strict=True):
@@ -136,6 +143,21 @@ def batches(rows: Rows, batch_size: int, *, shuffle: bool = False, seed: int = 0
     if _maps(rows):
         return DiskBatches(rows, batch_size, shuffle=shuffle, seed=seed)
     return Batches(lambda index: rows.batch(index.numpy()), len(rows.label), batch_size, shuffle=shuffle, seed=seed)
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """What is written inside must fit on the disk of a temporary folder.
+
+    Raises:
+        UserError: if it does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"{folder}: the disk is full; set TMPDIR to a folder on a larger one") from None
 
 
 def release(rows: Rows) -> None:

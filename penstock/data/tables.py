@@ -18,12 +18,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet
 import yaml
 from numpy.typing import NDArray
 
 from penstock.data.base import Data, Source
 from penstock.data.loader import Batches
-from penstock.data.ondisk import Store, batches, release
+from penstock.data.ondisk import Store, batches, release, room
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
 from penstock.errors import UserError
@@ -66,7 +67,8 @@ class TableConfig:
     num_quantiles: int = 20
     """Categories of a number cut by quantile."""
     memory_mb: int = 1024
-    """Encoded tables above this size are kept in a temporary file (in $TMPDIR) instead of memory."""
+    """Encoded tables above this size are kept in a temporary file (in $TMPDIR) instead of memory, and shuffled in
+    windows of a quarter of a gigabyte."""
 
     def check(self) -> None:
         """Raise `UserError` for settings that no table can be read with."""
@@ -482,7 +484,8 @@ class _Counts:
         share = (pl.col("word").hash(0) % _SHARES).alias("share")
         merged = _merged(pl.concat(self.parts).lazy()).with_columns(share).sort("share")
         number = len(list(self.folder.iterdir()))
-        merged.write_parquet(self.folder / f"{number}.parquet", compression="lz4", row_group_size=_SPILLED_GROUP)
+        with room(self.folder.parent):
+            pyarrow.parquet.write_table(merged.to_arrow(), self.folder / f"{number}.parquet", _SPILLED_GROUP)
         self.parts = []
 
     def words(self, min_count: int) -> tuple[str, ...]:
