@@ -346,16 +346,19 @@ def _predict(arguments: list[str]) -> int:
     parser.add_argument("--arm", help="which arm (default the gated one)")
     parser.add_argument("--seed", type=int, default=0, help="of which training")
     asked = parser.parse_args(arguments)
-    from penstock.lab.predict import predict, write_frame
+    from penstock.lab.predict import predict_frames, write_frames
+    from penstock.lab.progress import Reporter
 
-    frame = predict(asked.run, asked.data, arm=asked.arm, seed=asked.seed)
-    if asked.json:
-        _print_json(frame.to_dicts())
-    elif asked.output is None:
-        print(frame.write_csv(), end="")
-    else:
-        write_frame(frame, asked.output)
-        print(f"{frame.height} rows written to {asked.output}", file=sys.stderr)
+    frames = predict_frames(asked.run, asked.data, arm=asked.arm, seed=asked.seed)
+    with Reporter().reading():
+        if asked.json:
+            _print_json([row for frame in frames for row in frame.to_dicts()])
+        elif asked.output is None:
+            for number, frame in enumerate(frames):
+                print(frame.write_csv(include_header=number == 0), end="")
+        else:
+            rows = write_frames(frames, asked.output)
+            print(f"{rows} rows written to {asked.output}", file=sys.stderr)
     return 0
 
 
@@ -368,8 +371,10 @@ def _ablate(arguments: list[str]) -> int:
     parser.add_argument("--batches", type=int, default=20, help="test batches to measure on")
     asked = parser.parse_args(arguments)
     from penstock.lab.predict import ablate_run
+    from penstock.lab.progress import Reporter
 
-    table = ablate_run(asked.run, arm=asked.arm, seed=asked.seed, pattern=asked.gates, batches=asked.batches)
+    with Reporter().reading():
+        table = ablate_run(asked.run, arm=asked.arm, seed=asked.seed, pattern=asked.gates, batches=asked.batches)
     _print_json(list(table)) if asked.json else print(table)
     return 0
 
@@ -383,8 +388,10 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("--output", "--out", type=Path, help="the file or folder (default in the run folder)")
     asked = parser.parse_args(arguments)
     from penstock.interop.export import export
+    from penstock.lab.progress import Reporter
 
-    result = export(asked.run, asked.format, arm=asked.arm, seed=asked.seed, output=asked.output)
+    with Reporter().reading():
+        result = export(asked.run, asked.format, arm=asked.arm, seed=asked.seed, output=asked.output)
     _print_json(result) if asked.json else print(
         f"{result['file']}: {result['bytes']:,} bytes, largest difference from PyTorch {result['difference']:.1e}"
     )
@@ -416,10 +423,12 @@ def _report(arguments: list[str]) -> int:
     parser = _parser("report")
     parser.add_argument("run", type=Path, help="a run folder")
     asked = parser.parse_args(arguments)
+    from penstock.lab.progress import Reporter
     from penstock.lab.report import write_report
     from penstock.lab.store import RunFolder
 
-    path = write_report(RunFolder.open(asked.run))
+    with Reporter().reading():
+        path = write_report(RunFolder.open(asked.run))
     _print_json({"report": str(path)}) if asked.json else print(path)
     return 0
 

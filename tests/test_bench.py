@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from penstock.data.schema import TableBatch
 from penstock.errors import UserError
 from penstock.lab import bench as module
+from penstock.lab import tablebench
 from penstock.lab.bench import Benchmark, Contest, bench, benchmarks
 
 
@@ -44,6 +47,23 @@ def test_ratios_are_to_the_first_entry(few: list[str]) -> None:
     assert one["share_of_matrix_rate"] > 0
 
 
-def test_the_kernels_are_among_them() -> None:
+def test_the_kernels_and_the_tables_are_among_them() -> None:
     kernels = {"gated_linear_attention_4096", "block_sparse_attention", "pyramid_attention"}
-    assert kernels <= set(benchmarks())
+    assert kernels | {"table_stream"} <= set(benchmarks())
+
+
+def test_tables_on_disk_and_in_memory_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tablebench, "_ROWS", 2_000)
+    monkeypatch.setattr(tablebench, "_BATCH", 300)
+    seen: dict[str, list[int]] = {}
+
+    def counting(num_ids: int, num_fields: int) -> Callable[[TableBatch], None]:
+        return lambda batch: seen[entry].append(len(batch.label))
+
+    monkeypatch.setattr(tablebench, "_step", counting)
+    for entry, call in tablebench.stream().entries.items():
+        seen[entry] = []
+        call()
+    disk, *others = seen.values()
+    assert len(disk) == 6
+    assert all(other == disk for other in others)

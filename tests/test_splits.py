@@ -43,7 +43,7 @@ def read(
 
 def codes(tmp_path: Path, *, has_test: bool = False, name: str = "a.csv", **how: object) -> np.ndarray:  # type: ignore[type-arg]
     config = TableConfig(**how)  # type: ignore[arg-type]
-    return np.concatenate([part for _, part in _split_chunks(RawTable(tmp_path / name), config, has_test)])
+    return np.concatenate([part for _, part in _split_chunks(RawTable(tmp_path / name), config, has_test, "scan")])
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.data.loader import Batches
 
@@ -32,6 +34,31 @@ class Source:
         """The inverse of `to_dict`."""
         data, test = values.get("data"), values.get("test")
         return cls(Path(data) if data else None, Path(test) if test else None, values.get("label"))
+
+
+class Progress(Protocol):
+    """Someone who shows how far a long job is."""
+
+    def bar(self, title: str, total: int, *, announce: bool = True) -> AbstractContextManager[None]:
+        """While this is open, a job of ``total`` steps (0: nobody knows) is under way."""
+
+    def advance(self, step: int, note: str) -> None:
+        """The job is at ``step``."""
+
+
+#: Who is told how far reading is; the laboratory sets it to its reporter.
+progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+@contextmanager
+def counted(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A job that `progress` is told of; call what this gives with the rows done so far, of ``total`` (0: unknown)."""
+    shown = progress.get()
+    if shown is None:
+        yield lambda done: None
+        return
+    with shown.bar(title, total, announce=False):
+        yield lambda done: shown.advance(done, "" if total else f"{done:,} rows")
 
 
 class Data(ABC):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from penstock.data.base import counted
 from penstock.errors import UserError, nearest
 
 #: Cells that mean "no value", after spaces around them are taken off.
@@ -90,6 +91,7 @@ class RawTable:
         has_header: whether the first line names the columns.
         settings: what the format itself says of columns, as a columns file would.
         notes: on reading it, for people.
+        num_rows: how many rows there are; 0 as long as nobody knows, which is until a text file was read once.
 
     Raises:
         UserError: if it is missing, empty or not what its name says, or two columns have one name.
@@ -111,6 +113,7 @@ class RawTable:
             raise UserError(f"{path}: a {suffix} file is no table; {_WANTED}")
         self.delimiter = "\t" if suffix in (".tsv", ".tab", *_ATOMIC_SUFFIXES) else ","
         self.has_header = True
+        self.num_rows = 0
         self.columns = self._parquet_columns() if self.is_parquet else self._header()
         named = [name for name in self.columns if name]
         if doubled := sorted({name for name in named if named.count(name) > 1}):
@@ -130,20 +133,30 @@ class RawTable:
             )
 
     def count_rows(self) -> int:
-        """How many rows there are."""
-        return sum(chunk.frame.height for chunk in self.chunks())
+        """How many rows there are; a text file is read for it."""
+        return self.num_rows or sum(chunk.frame.height for chunk in self.chunks("count the rows of"))
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, what: str = "read", columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         """All rows, in order.
+
+        Args:
+            what: is done to them, for the progress bar.
+            columns: that are wanted (default all).
 
         Raises:
             UserError: at the first that cannot be read.
         """
-        for part in self.parts:
-            start = 1
-            for frame in self._parquet_frames(part) if self.is_parquet else self._csv_frames():
-                yield Chunk(part, start, frame.select(clean(frame[name]) for name in self.columns if name))
-                start += frame.height
+        names = [name for name in self.columns if name and (columns is None or name in columns)]
+        rows = 0
+        with counted(f"{what} {self.path.name}", self.num_rows) as advance:
+            for part in self.parts:
+                start = 1
+                for frame in self._parquet_frames(part, names) if self.is_parquet else self._csv_frames(names):
+                    yield Chunk(part, start, frame.select(clean(frame[name]) for name in names))
+                    start += frame.height
+                    rows += frame.height
+                    advance(rows)
+        self.num_rows = rows
 
     def _header(self) -> list[str]:
         try:
@@ -171,7 +184,8 @@ class RawTable:
         columns: list[str] = []
         for part in self.parts:
             try:
-                schema = pyarrow.parquet.read_schema(part)
+                metadata = pyarrow.parquet.read_metadata(part)
+                schema = metadata.schema.to_arrow_schema()
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(f"{part}: not a readable Parquet file ({_first_line(error)})") from None
             for column in schema:
@@ -187,17 +201,18 @@ class RawTable:
                     "all parts must have the same"
                 )
             columns = columns or list(schema.names)
+            self.num_rows += metadata.num_rows
         return columns
 
-    def _parquet_frames(self, part: Path) -> Iterator[pl.DataFrame]:
+    def _parquet_frames(self, part: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         try:
             with pyarrow.parquet.ParquetFile(part) as file:
-                for batch in file.iter_batches(_BLOCK_ROWS):
+                for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns)):
                     yield pl.DataFrame(pl.from_arrow(batch))
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{part}: not a readable Parquet file ({_first_line(error)})") from None
 
-    def _csv_frames(self) -> Iterator[pl.DataFrame]:
+    def _csv_frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         unfit: list[Any] = []
 
         def note(row: Any) -> str:
@@ -213,7 +228,9 @@ class RawTable:
                     use_threads=False, block_size=_BLOCK_BYTES, column_names=names, skip_rows=int(self.has_header)
                 ),
                 pyarrow.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=note),
-                pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+                pyarrow.csv.ConvertOptions(
+                    column_types=dict.fromkeys(names, pa.string()), include_columns=list(columns)
+                ),
             ):
                 yield pl.DataFrame(pl.from_arrow(batch))
         except (pa.ArrowInvalid, OSError) as error:

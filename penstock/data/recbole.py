@@ -6,7 +6,7 @@ Interactions are read in chunks; the other two, which hold a row a user or item,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class AtomicFiles(RawTable):
 
     def __init__(self, path: Path) -> None:
         self.inter = RawTable(_interactions(path))
-        self.path, self.has_header, self.notes = path, True, []
+        self.path, self.has_header, self.notes, self.num_rows = path, True, [], 0
         self.settings = _typed(self.inter)
         self.sides: list[_Side] = []
         for what in ("user", "item"):
@@ -88,13 +88,16 @@ class AtomicFiles(RawTable):
             if name != new
         ]
 
-    def chunks(self) -> Iterator[Chunk]:
-        for chunk in self.inter.chunks():
+    def chunks(self, what: str = "read", columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        for chunk in self.inter.chunks(what):
             names = dict(zip(chunk.frame.columns, (_name(column) for column in chunk.frame.columns), strict=True))
             frame = chunk.frame.rename(names)
             for side in self.sides:
                 frame = frame.join(side.frame, on=side.key, how="left", maintain_order="left")
-            yield chunk._replace(frame=frame)
+            yield chunk._replace(
+                frame=frame.select(name for name in self.columns if columns is None or name in columns)
+            )
+        self.num_rows = self.inter.num_rows
 
 
 def open_table(path: Path) -> RawTable:

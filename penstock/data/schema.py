@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -58,15 +59,17 @@ class Rows(NamedTuple):
 
     def batch(self, index: NDArray[np.int64] | slice = slice(None)) -> TableBatch:
         """The rows at ``index`` as tensors of their own."""
-        label = self.label[index]
+        # Twice as fast as array[index] where the index is an array.
+        at: Any = (lambda part: part[index]) if isinstance(index, slice) else (lambda part: np.take(part, index, 0))
+        label = at(self.label)
         return TableBatch(
-            torch.from_numpy(self.ids[index].astype(np.int64)),
-            torch.from_numpy(np.array(self.numeric[index])),
-            torch.from_numpy(self.sequences[index].astype(np.int64)),
+            torch.from_numpy(at(self.ids).astype(np.int64)),
+            torch.from_numpy(np.array(at(self.numeric))),
+            torch.from_numpy(at(self.sequences).astype(np.int64)),
             torch.from_numpy(np.array(label[:, 0] if label.shape[1] == 1 else label)),
             torch.empty(len(label), 0, dtype=torch.int64)
             if self.group is None
-            else torch.from_numpy(np.array(self.group[index])),
+            else torch.from_numpy(np.array(at(self.group))),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Rows:
@@ -110,6 +113,12 @@ class Field:
     hash_buckets: int = 0
     encoded: int = 0
     share: str = ""
+
+    @cached_property
+    def vocabulary(self) -> pl.DataFrame:
+        """The words and their local ids, to be joined to."""
+        ids = np.arange(1, len(self.words) + 1, dtype=np.int32)
+        return pl.DataFrame({"word": pl.Series(self.words, dtype=pl.String), "id": ids})
 
     @property
     def size(self) -> int:
@@ -314,19 +323,25 @@ def _local_ids(one: Field, chunk: Chunk) -> NDArray[np.int32]:
     if not one.numeric:
         return _word_ids(one, chunk.text(one.name))
     if one.numeric == "bucket":
-        return _word_ids(one, as_text(criteo_bucket(chunk.numbers(one.name))))
+        return _bucket_ids(one, criteo_bucket(chunk.numbers(one.name)))
     numbers = chunk.numbers(one.name).fill_null(math.nan).to_numpy()
     return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(one.edges, numbers)).astype(np.int32)
+
+
+def _bucket_ids(one: Field, buckets: pl.Series) -> NDArray[np.int32]:
+    """Local ids of whole numbers, of which the field's words are the known ones in order."""
+    known = np.array([*map(int, one.words), np.iinfo(np.int64).max])
+    values = buckets.fill_null(0).to_numpy()
+    place = np.searchsorted(known[:-1], values)
+    ids = np.where(known[place] == values, place, len(one.words)) + 1
+    return np.where(buckets.is_null().to_numpy(), 0, ids).astype(np.int32)
 
 
 def _word_ids(one: Field, words: pl.Series) -> NDArray[np.int32]:
     if one.hash_buckets:
         buckets = 1 + hashed(words) % np.uint64(one.hash_buckets)
         return np.where(words.is_null().to_numpy(), 0, buckets).astype(np.int32)
-    vocabulary = pl.DataFrame(
-        {"word": pl.Series(one.words, dtype=pl.String), "id": np.arange(1, len(one.words) + 1, dtype=np.int32)}
-    )
-    found = words.alias("word").to_frame().join(vocabulary, on="word", how="left", maintain_order="left")
+    found = words.alias("word").to_frame().join(one.vocabulary, on="word", how="left", maintain_order="left")
     absent = pl.when(pl.col("word").is_null()).then(0).otherwise(len(one.words) + 1)
     return found.select(pl.col("id").fill_null(absent).cast(pl.Int32)).to_series().to_numpy()
 

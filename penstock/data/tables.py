@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet
 import yaml
 from numpy.typing import NDArray
 
@@ -28,6 +29,7 @@ from penstock.data.fuxictr import encoded_folder, read_map, read_splits
 from penstock.data.hashing import hashed
 from penstock.data.leaks import Leaks
 from penstock.data.loader import Batches
+from penstock.data.ondisk import Store, batches, release, room
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
 from penstock.data.recbole import open_table
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
@@ -47,6 +49,9 @@ _SETTINGS = (  # of the columns file
 _LONGEST = 50  # items of a sequence, unless the columns file says otherwise
 _FEW = 10  # whole numbers with no more different values than this are categories
 _SAMPLE = 1 << 20  # numbers kept to find quantiles
+_HELD = 1 << 22  # words of all columns that are counted in memory, about 50 bytes each
+_SHARES = 64  # of the words counted on disk, read one at a time
+_SPILLED_GROUP = 1 << 14
 
 
 @dataclass
@@ -87,7 +92,8 @@ class TableConfig:
     num_quantiles: int = 20
     """Categories of a number cut by quantile."""
     memory_mb: int = 1024
-    """Encoded tables above this size are kept in a temporary file (in $TMPDIR) instead of memory."""
+    """Encoded tables above this size are kept in a temporary file (in $TMPDIR) instead of memory, and shuffled in
+    windows of a quarter of a gigabyte."""
 
     def check(self) -> None:
         """Raise `UserError` for settings that no table can be read with."""
@@ -154,8 +160,7 @@ class TableData(Data):
         return self._batches("test", batch_size)
 
     def _batches(self, split: Split, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
-        rows = self.splits[split]
-        return Batches(lambda index: rows.batch(index.numpy()), len(rows.label), batch_size, shuffle=shuffle, seed=seed)
+        return batches(self.splits[split], batch_size, shuffle=shuffle, seed=seed)
 
     def overview(self) -> str:
         rows = ", ".join(f"{split} {len(part.label)}" for split, part in self.splits.items())
@@ -230,16 +235,19 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         notes.append(f"the encoded rows ({size >> 20} MB) are kept in a temporary file")
     with tempfile.TemporaryDirectory(prefix="penstock-", ignore_cleanup_errors=True) as folder:
         # The files are mapped before the folder goes: the rows live on without a name, and end with the process.
-        stores = {split: _Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
-        for chunk, codes in _split_chunks(raw, config, held_out is not None):
+        stores = {split: Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
+        columns = [*targets, *(plan.name for plan in plans), config.group_column]
+        for chunk, codes in _split_chunks(raw, config, held_out is not None, "encode", columns):
             part = schema.encode(chunk)
             for code in np.unique(codes):
                 stores[SPLITS[code]].append(part.where(codes == code))
         if held_out is not None:
-            for chunk in checked_chunks(schema, held_out):
+            for chunk in checked_chunks(schema, held_out, "encode", columns):
                 stores["test"].append(schema.encode(chunk))
         splits = {split: store.finish() for split, store in stores.items()}
     _check_classes(raw, schema, splits)
+    for rows_of_split in splits.values():
+        release(rows_of_split)
     return TableData(schema, splits, str(raw.path), notes, vectors)
 
 
@@ -258,11 +266,13 @@ def _read_encoded(path: Path, config: TableConfig, source: Source, *, several: b
     splits: dict[Split, Rows] = {}
     with tempfile.TemporaryDirectory(prefix="penstock-", ignore_cleanup_errors=True) as folder:
         for split, count in rows.items():
-            store = _Store(schema, count, Path(folder) / split if size > config.memory_mb << 20 else None)
-            for chunk in tables[split].chunks():
+            store = Store(schema, count, Path(folder) / split if size > config.memory_mb << 20 else None)
+            for chunk in tables[split].chunks("encode", columns):
                 store.append(schema.encode(chunk))
             splits[split] = store.finish()
     _check_classes(tables["train"], schema, splits)
+    for rows_of_split in splits.values():
+        release(rows_of_split)
     return TableData(schema, splits, str(path), notes)
 
 
@@ -279,16 +289,17 @@ def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[
     """
     schema = Schema.from_dict(spec["schema"])
     raw = open_table(path)
-    raw.must_have([f.name for f in schema.fields])
-    for chunk in checked_chunks(schema, raw):
+    columns = [f.name for f in schema.fields]
+    raw.must_have(columns)
+    for chunk in checked_chunks(schema, raw, "predict", columns):
         rows = schema.encode(chunk, with_labels=False)
         for first in range(0, len(rows.label), batch_size):
             yield rows.batch(slice(first, first + batch_size))
 
 
-def checked_chunks(schema: Schema, table: RawTable) -> Iterator[Chunk]:
-    """The chunks of a table, if its columns are of the kinds they had in training."""
-    for place, chunk in enumerate(table.chunks()):
+def checked_chunks(schema: Schema, table: RawTable, what: str, columns: Sequence[str]) -> Iterator[Chunk]:
+    """The chunks of a table (see `RawTable.chunks`), if its columns are of the kinds they had in training."""
+    for place, chunk in enumerate(table.chunks(what, columns)):
         if place == 0:
             check_kinds(schema, chunk)
         yield chunk
@@ -363,7 +374,7 @@ class _Scan(NamedTuple):
 def _scan(raw: RawTable, config: TableConfig, has_test: bool) -> _Scan:
     columns = {name: _Seen() for name in raw.columns if name}
     counts = np.zeros(len(SPLITS), np.int64)
-    for chunk, codes in _split_chunks(raw, config, has_test):
+    for chunk, codes in _split_chunks(raw, config, has_test, "scan"):
         for name, seen in columns.items():
             seen.update(name, chunk)
         counts += np.bincount(codes, minlength=len(SPLITS))
@@ -386,12 +397,18 @@ def _scan(raw: RawTable, config: TableConfig, has_test: bool) -> _Scan:
     return _Scan(columns, rows)
 
 
-def _split_chunks(raw: RawTable, config: TableConfig, has_test: bool) -> Iterator[tuple[Chunk, NDArray[np.int64]]]:
-    """Chunks with each row's split (its place in `SPLITS`); the same at every reading."""
+def _split_chunks(
+    raw: RawTable, config: TableConfig, has_test: bool, what: str, columns: Sequence[str] | None = None
+) -> Iterator[tuple[Chunk, NDArray[np.int64]]]:
+    """Chunks with each row's split (its place in `SPLITS`); the same at every reading.
+
+    ``what`` and ``columns`` as for `RawTable.chunks`.
+    """
     draw = np.random.default_rng(config.seed)
     test_from = 1.0 if has_test else 1.0 - config.test_ratio
     validation_from = test_from - config.validation_ratio
-    for chunk in raw.chunks():
+    wanted = None if columns is None else [*columns, config.split_column, config.time_column, config.user_column]
+    for chunk in raw.chunks(what, wanted):
         if config.split == "time":
             shares = (validation_from,) if has_test else (validation_from, test_from)
             cuts = _time_cuts(raw, config.time_column, shares, config.seed)
@@ -415,7 +432,7 @@ def _time_cuts(raw: RawTable, column: str, shares: tuple[float, ...], seed: int)
     """The times up to which such shares of the rows lie."""
     sample = _Sample(seed)
     sorts: set[bool] = set()
-    for chunk in raw.chunks():
+    for chunk in raw.chunks("read the times of", [column]):
         sample.add(times(chunk, column))
         sorts.add(are_dates(chunk, column))
         if len(sorts) > 1:
@@ -592,27 +609,61 @@ def _infer(name: str, seen: _Seen) -> Kind:
 
 
 class _Counts:
-    """How often each word occurs, in the order of first sight."""
+    """How often each word occurs, and when it was first seen; what is too much for the memory is counted on disk.
 
-    def __init__(self) -> None:
+    Args:
+        folder: for files, not there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.parts: list[pl.DataFrame] = []
+        self.seen = 0
 
     def add(self, words: pl.Series) -> None:
-        counted = words.drop_nulls().alias("word").to_frame().group_by("word", maintain_order=True).len("count")
+        rows = words.alias("word").to_frame().with_row_index("first", self.seen).drop_nulls()
+        self.seen += len(words)
+        counted = rows.group_by("word").agg(
+            pl.len().cast(pl.Int64).alias("count"), pl.col("first").min().cast(pl.Int64)
+        )
         # Through Arrow's contiguous strings: polars' would keep the whole chunk they were cut from.
         own = pl.Series("word", counted["word"].to_arrow(compat_level=pl.CompatLevel.oldest()))
         self.parts.append(counted.with_columns(own))
         # Merging when the loose parts outgrow the merged one keeps the work linear.
         if sum(part.height for part in self.parts[1:]) > max(self.parts[0].height, 1 << 16):
-            self.parts = [self.merged()]
+            self.parts = [_merged(pl.concat(self.parts).lazy())]
 
-    def merged(self) -> pl.DataFrame:
-        return pl.concat(self.parts).group_by("word", maintain_order=True).agg(pl.col("count").sum())
+    @property
+    def held(self) -> int:
+        """Words in memory."""
+        return sum(part.height for part in self.parts)
+
+    def spill(self) -> None:
+        """Move what is held to a file, sorted by a share of the words, so that a share can be read alone."""
+        if not self.held:
+            return
+        self.folder.mkdir(exist_ok=True)
+        share = (pl.col("word").hash(0) % _SHARES).alias("share")
+        merged = _merged(pl.concat(self.parts).lazy()).with_columns(share).sort("share")
+        number = len(list(self.folder.iterdir()))
+        with room(self.folder.parent):
+            pyarrow.parquet.write_table(merged.to_arrow(), self.folder / f"{number}.parquet", _SPILLED_GROUP)
+        self.parts = []
 
     def words(self, min_count: int) -> tuple[str, ...]:
         """Words seen at least ``min_count`` times, most frequent first, then by first sight."""
-        kept = self.merged().filter(pl.col("count") >= min_count)
-        return tuple(kept.sort("count", descending=True, maintain_order=True)["word"])
+        if self.folder.exists():
+            self.spill()
+            files = pl.scan_parquet(self.folder / "*.parquet")
+            shares = [files.filter(pl.col("share") == share) for share in range(_SHARES)]
+        else:
+            shares = [pl.concat(self.parts).lazy()]
+        kept = pl.concat(_merged(share).filter(pl.col("count") >= min_count) for share in shares)
+        return tuple(kept.sort("count", "first", descending=[True, False])["word"])
+
+
+def _merged(parts: pl.LazyFrame) -> pl.DataFrame:
+    return parts.group_by("word").agg(pl.col("count").sum(), pl.col("first").min()).collect()
 
 
 class _Moments:
@@ -663,9 +714,10 @@ class _Sample:
 class _Fitter:
     """Learns one field from training rows."""
 
-    def __init__(self, plan: Field, config: TableConfig) -> None:
+    def __init__(self, plan: Field, config: TableConfig, folder: Path) -> None:
         self.plan, self.config = plan, config
-        self.counts, self.moments, self.sample = _Counts(), _Moments(), _Sample(config.seed)
+        self.counts, self.moments, self.sample = _Counts(folder), _Moments(), _Sample(config.seed)
+        self.buckets: set[int] = set()
         self.longest = 1
 
     def update(self, chunk: Chunk) -> None:
@@ -679,7 +731,7 @@ class _Fitter:
             if not plan.hash_buckets:
                 self.counts.add(items)
         elif plan.numeric == "bucket":
-            self.counts.add(as_text(criteo_bucket(chunk.numbers(plan.name))))
+            self.buckets.update(criteo_bucket(chunk.numbers(plan.name)).drop_nulls().unique())
         else:
             numbers = chunk.numbers(plan.name).drop_nulls().to_numpy()
             (self.sample if plan.numeric == "quantile" else self.moments).add(numbers)
@@ -696,7 +748,7 @@ class _Fitter:
                 return replace(plan, hash_buckets=self.config.hash_above)
             return replace(plan, words=words)
         if plan.numeric == "bucket":
-            return replace(plan, words=tuple(sorted(self.counts.words(1), key=int)))
+            return replace(plan, words=tuple(map(str, sorted(self.buckets))))
         if plan.numeric == "standardize":
             return replace(plan, mean=self.moments.mean, std=self.moments.std)
         if plan.numeric == "minmax":
@@ -709,51 +761,24 @@ class _Fitter:
 
 
 def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool, leaks: Leaks) -> list[Field]:
-    fitters = [_Fitter(plan, config) for plan in plans]
-    by_name = {fitter.plan.name: fitter for fitter in fitters}
-    for fitter in fitters:
-        if fitter.plan.share:
-            fitter.counts = by_name[fitter.plan.share].counts
-    for chunk, codes in _split_chunks(raw, config, has_test):
-        training = chunk._replace(frame=chunk.frame.filter(pl.Series(codes == 0)))
-        leaks.update(training)
+    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
+        fitters = [_Fitter(plan, config, Path(folder) / str(place)) for place, plan in enumerate(plans)]
+        by_name = {fitter.plan.name: fitter for fitter in fitters}
         for fitter in fitters:
-            fitter.update(training)
-    return [fitter.field() for fitter in fitters]
+            if fitter.plan.share:
+                fitter.counts = by_name[fitter.plan.share].counts
+        columns = [*by_name, *(label.name for label in leaks.labels)]
+        for chunk, codes in _split_chunks(raw, config, has_test, "count the values of", columns):
+            training = chunk._replace(frame=chunk.frame.filter(pl.Series(codes == 0)))
+            leaks.update(training)
+            for fitter in fitters:
+                fitter.update(training)
+            while sum(counts.held for counts in {id(f.counts): f.counts for f in fitters}.values()) > _HELD:
+                max((fitter.counts for fitter in fitters), key=lambda counts: counts.held).spill()
+        return [fitter.field() for fitter in fitters]
 
 
-# -- encode: where the rows are kept -------------------------------------------------------------------------
-
-
-class _Store:
-    """Collects the encoded rows of a split, in memory or in files under ``folder``."""
-
-    def __init__(self, schema: Schema, rows: int, folder: Path | None) -> None:
-        dtypes = (np.int32, np.float32, np.int32, np.float32, np.int64)
-        self.layout = list(zip(schema.shapes(rows), dtypes, strict=True))
-        self.filled = 0
-        self.arrays = [] if folder else [np.empty(shape, dtype) for shape, dtype in self.layout]
-        self.paths = [folder / name for name in Rows._fields] if folder else []
-        if folder:
-            folder.mkdir()
-
-    def append(self, rows: Rows) -> None:
-        parts = [part for part in rows if part is not None]
-        for array, part in zip(self.arrays, parts, strict=False):
-            array[self.filled : self.filled + len(part)] = part
-        for path, part in zip(self.paths, parts, strict=False):
-            with path.open("ab") as file:
-                file.write(np.ascontiguousarray(part).tobytes())
-        self.filled += len(rows.label)
-
-    def finish(self) -> Rows:
-        if self.paths:
-            # An empty file cannot be mapped.
-            self.arrays = [
-                np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.empty(shape, dtype)
-                for path, (shape, dtype) in zip(self.paths, self.layout, strict=True)
-            ]
-        return Rows(*self.arrays)
+# -- the labels of the splits ----------------------------------------------------------------------------------
 
 
 def _check_classes(raw: RawTable, schema: Schema, splits: Mapping[Split, Rows]) -> None:

@@ -69,8 +69,8 @@ def machine() -> dict[str, float]:
 
 
 def benchmarks() -> dict[str, Benchmark]:
-    """Every benchmark by name, from the systems' ``bench.py``."""
-    found: dict[str, Benchmark] = {}
+    """Every benchmark by name: that of the tables, and those of the systems' ``bench.py``."""
+    found: dict[str, Benchmark] = dict(import_module("penstock.lab.tablebench").benchmarks())
     for card in all_cards().values():
         if card.ready and find_spec(f"{card.module}.bench") is not None:
             found |= import_module(f"{card.module}.bench").benchmarks()

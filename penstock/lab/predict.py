@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
+import pyarrow.parquet
 import torch
 from torch import nn
 
 from penstock.errors import UserError
 from penstock.gates import GateNotFoundError, Table, ablate
-from penstock.lab.store import Run, open_run, write_atomically
+from penstock.lab.store import Run, open_run, written_whole
 from penstock.tasks.base import Task
+
+_GROUP_ROWS = 1 << 16
 
 
 def predict(run: Path, data: Path, *, arm: str | None = None, seed: int = 0) -> pl.DataFrame:
@@ -24,26 +27,72 @@ def predict(run: Path, data: Path, *, arm: str | None = None, seed: int = 0) -> 
     Raises:
         UserError: if the run or the data cannot be used.
     """
+    return pl.concat(predict_frames(run, data, arm=arm, seed=seed))
+
+
+def predict_frames(run: Path, data: Path, *, arm: str | None = None, seed: int = 0) -> Iterator[pl.DataFrame]:
+    """The same piece by piece, for data that may not fit in memory."""
     opened = open_run(run)
     model = opened.model(arm, seed=seed)
-    with torch.no_grad():
-        return opened.system.task_for(opened.spec).predict_file(model, opened.spec, data)
+    yield from opened.system.task_for(opened.spec).predict_frames(model, opened.spec, data)
 
 
-def write_frame(frame: pl.DataFrame, path: Path) -> None:
-    """Write predictions as the ending of ``path`` says, whole or not at all.
+def write_frames(frames: Iterable[pl.DataFrame], path: Path) -> int:
+    """Write predictions as the ending of ``path`` says, piece by piece, and yet whole or not at all.
+
+    Returns:
+        how many rows.
 
     Raises:
-        UserError: for an unknown ending or a missing folder.
+        UserError: for an unknown ending or a missing folder, before the first piece is asked for.
     """
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: the folder {path.parent} does not exist")
-    buffer = io.BytesIO()
-    writers = {".csv": frame.write_csv, ".parquet": frame.write_parquet, ".jsonl": frame.write_ndjson}
+    writers = {".csv": _write_csv, ".parquet": _write_parquet, ".jsonl": _write_jsonl}
     if path.suffix not in writers:
         raise UserError(f"--output {path}: end it in {', '.join(writers)}")
-    writers[path.suffix](buffer)  # type: ignore[operator]
-    write_atomically(path, buffer.getvalue())
+    with written_whole(path) as file:
+        return writers[path.suffix](frames, file)
+
+
+def _write_csv(frames: Iterable[pl.DataFrame], file: IO[bytes]) -> int:
+    rows = 0
+    for number, frame in enumerate(frames):
+        frame.write_csv(file, include_header=number == 0)
+        rows += frame.height
+    return rows
+
+
+def _write_jsonl(frames: Iterable[pl.DataFrame], file: IO[bytes]) -> int:
+    rows = 0
+    for frame in frames:
+        frame.write_ndjson(file)
+        rows += frame.height
+    return rows
+
+
+def _write_parquet(frames: Iterable[pl.DataFrame], file: IO[bytes]) -> int:
+    rows = 0
+    with ExitStack() as stack:
+        writer: pyarrow.parquet.ParquetWriter | None = None
+        for frame in _gathered(frames):
+            table = frame.to_arrow()
+            writer = writer or stack.enter_context(pyarrow.parquet.ParquetWriter(file, table.schema))
+            writer.write_table(table)
+            rows += table.num_rows
+    return rows
+
+
+def _gathered(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """Fewer, larger pieces, as row groups of Parquet should be."""
+    held: list[pl.DataFrame] = []
+    for frame in frames:
+        held.append(frame)
+        if sum(one.height for one in held) >= _GROUP_ROWS:
+            yield pl.concat(held)
+            held = []
+    if held:
+        yield pl.concat(held)
 
 
 def task_of(run: Run, model: nn.Module) -> Task:

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from penstock.data.base import progress
+
+_LONG = 5.0  # seconds; of a stage that is worth a line
+
 
 class Reporter:
     """Says how far a run is.
@@ -28,13 +32,19 @@ class Reporter:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[None]:
-        """A stage of ``total`` steps, 0 if nobody knows; `advance` moves it."""
+    def bar(self, title: str, total: int, *, announce: bool = True) -> Iterator[None]:
+        """A stage of ``total`` steps, 0 if nobody knows; `advance` moves it.
+
+        Where there is no bar, lines say when it starts and ends; without ``announce`` only the end of one that took long.
+        """
         if not self.console.is_terminal:
-            self.say(f"{title} ...")
+            if announce:
+                self.say(f"{title} ...")
             start = time.monotonic()
             yield
-            self.say(f"{title}: done in {time.monotonic() - start:.0f} s")
+            seconds = time.monotonic() - start
+            if announce or seconds >= _LONG:
+                self.say(f"{title}: done in {seconds:.0f} s")
             return
         count = [TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()] if total else []
         columns = [TextColumn("{task.description}", markup=False), BarColumn(), *count]
@@ -48,6 +58,15 @@ class Reporter:
         """The stage is at ``step``."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, note=note)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Data that is read inside says how far it is."""
+        token = progress.set(self)
+        try:
+            yield
+        finally:
+            progress.reset(token)
 
     def milestone(self, text: str) -> None:
         """Something worth a line where there is no bar (a validation)."""

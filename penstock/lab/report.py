@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 import torch
 
+from penstock.data.base import Data
 from penstock.errors import UserError
 from penstock.gates.core import CHOICES
 from penstock.lab.cards import Card, ClaimCard, card
@@ -51,11 +52,12 @@ _MOST_PICTURED, _MOST_LISTED = 48, 400
 _NEEDED = ("system", "config", "seeds", "data", "leaderboard", "arms", "trials", "claims", "environment")
 
 
-def write_report(folder: RunFolder) -> Path:
+def write_report(folder: RunFolder, data: Data | None = None) -> Path:
     """Write ``report.html`` of a finished run, from its results, log, configuration, cells and checkpoints.
 
     Args:
         folder: of the run.
+        data: of the run, where it is at hand; else it is read again.
 
     Returns:
         the path of the page.
@@ -63,7 +65,7 @@ def write_report(folder: RunFolder) -> Path:
     Raises:
         UserError: if the run has not finished or one of its files is broken; nothing is written then.
     """
-    page = _template().render(_content(folder))
+    page = _template().render(_content(folder, data))
     path = folder.path / "report.html"
     write_atomically(path, page)
     return path
@@ -83,14 +85,14 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.j2")
 
 
-def _content(folder: RunFolder) -> dict[str, Any]:
+def _content(folder: RunFolder, data: Data | None) -> dict[str, Any]:
     about = _printable(folder.about)
     results = _printable(folder.read_json("results.json"))
     missing = [name for name in _NEEDED if name not in results] if isinstance(results, dict) else list(_NEEDED)
     if missing:
         raise UserError(f"{folder.path / 'results.json'}: is not of a run (it has no {', '.join(missing)})")
     found, its_card = system(results["system"]), card(results["system"])
-    own, notes = _own_pictures(folder, about, results, found)
+    own, notes = _own_pictures(folder, about, results, found, data)
     return {
         "card": its_card,
         "results": results,
@@ -519,7 +521,7 @@ def _says(stats: Mapping[str, Any]) -> str:
 
 
 def _own_pictures(
-    folder: RunFolder, about: Mapping[str, Any], results: Mapping[str, Any], found: System[Any]
+    folder: RunFolder, about: Mapping[str, Any], results: Mapping[str, Any], found: System[Any], data: Data | None
 ) -> tuple[dict[str, Picture], list[str]]:
     """What the system draws of the whole run, and its task of the first gated arm; and what could not be drawn."""
     config = from_dict(found.Config, about["config"], where=str(folder.path / "config.yaml"))
@@ -535,13 +537,13 @@ def _own_pictures(
     arm = next((name for name, arm in results["arms"].items() if arm["gates"]), None)
     if arm is not None:
         try:
-            drawn |= {f"{title}: {arm}": one for title, one in _task_pictures(folder, arm).items()}
+            drawn |= {f"{title}: {arm}": one for title, one in _task_pictures(folder, arm, data).items()}
         except UserError as error:
             notes.append(f"Figures of the task are left out: {error}.")
     return drawn, notes
 
 
-def _task_pictures(folder: RunFolder, arm: str) -> dict[str, Picture]:
+def _task_pictures(folder: RunFolder, arm: str, data: Data | None) -> dict[str, Picture]:
     """What the task draws of the arm's first training, brought back from its checkpoints.
 
     Raises:
@@ -551,7 +553,7 @@ def _task_pictures(folder: RunFolder, arm: str) -> dict[str, Picture]:
     if not any(checkpoints.glob("*.ckpt")):
         raise UserError("the run's checkpoints/ are not there")
     run = open_run(folder.path)
-    data = run.system.load_data(run.config, run.source)
+    data = data or run.system.load_data(run.config, run.source)
     model = run.system.arms(run.config, run.spec)[arm]()
     # A later stage takes over from an earlier one, so that all are gone through.
     for make in run.system.stages(arm, model, run.config, data):

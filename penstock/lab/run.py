@@ -113,7 +113,8 @@ class Job:
         if options.seeds < 1:
             raise UserError(f"--seeds {options.seeds}: at least 1")
         with _user_errors():
-            data = data or found.load_data(config, options.source)
+            with reporter.reading():
+                data = data or found.load_data(config, options.source)
             arms = found.arms(config, data.spec)
             if unknown := set(options.arms) - set(arms):
                 raise UserError(
@@ -181,9 +182,11 @@ class Job:
             cell: dict[str, Any] = {"arm": arm, "seed": seed, "failed": str(error)}
         else:
             task = trained[-1].task
-            metrics = test(task, self.options.hardware)
+            name = f"{arm} seed {seed}"
+            metrics = test(task, self.options.hardware, reporter=self.reporter, title=f"{name} test")
             task.eval()
-            metrics |= self.system.measure(arm, task, self.config, self.data, seed)
+            with self.reporter.bar(f"{name} measure", 0, announce=False):
+                metrics |= self.system.measure(arm, task, self.config, self.data, seed)
             losses = [row["value"] for row in trained[-1].rows if row["metric"] == "train/loss"]
             metrics["loss_spikes"] = float(loss_spikes(losses))
             batch = next(iter(self.data.test(task.train_config.batch_size)))
@@ -341,7 +344,8 @@ def run(
         if main_process():
             from penstock.lab.report import write_report
 
-            write_report(folder)
+            with reporter.bar("report", 0, announce=False):
+                write_report(folder, job.data)
     finally:
         folder.release()
     return folder, results

@@ -200,6 +200,29 @@ class Show(Callback):
             loss = trainer.callback_metrics.get("train/loss")
             self.reporter.advance(trainer.global_step, "" if loss is None else f"loss {float(loss):.4f}")
 
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx % 5 == 4:
+            self.reporter.advance(trainer.global_step, f"validation {batch_idx + 1}/{trainer.num_val_batches[0]}")
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.reporter.advance(batch_idx + 1, "")
+
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shown = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         self.reporter.milestone(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
@@ -302,10 +325,12 @@ def restore_stage(stage: Stage, path: Path) -> Trained:
     return Trained(stage.task, callbacks["Keeper"]["curves"], callbacks["GateHistory"]["history"], 0.0)
 
 
-def test(task: Task, hardware: Hardware) -> dict[str, float]:
-    """The test metrics of a trained task."""
-    trainer = make_trainer(hardware, logger=False)
-    (metrics,) = trainer.test(task, task.data.test(task.train_config.batch_size), verbose=False)
+def test(task: Task, hardware: Hardware, *, reporter: Reporter, title: str) -> dict[str, float]:
+    """The test metrics of a trained task; ``title`` is shown meanwhile."""
+    trainer = make_trainer(hardware, logger=False, callbacks=[Show(reporter)])
+    batches = task.data.test(task.train_config.batch_size)
+    with reporter.bar(title, len(batches), announce=False):
+        (metrics,) = trainer.test(task, batches, verbose=False)
     return {name.removeprefix("test/"): value for name, value in metrics.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -133,6 +133,13 @@ class Task(L.LightningModule):
         cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 1024
     ) -> pl.DataFrame:
         """Apply a trained model to the user's data: one row a sample."""
+
+    @classmethod
+    def predict_frames(cls, model: nn.Module, spec: Mapping[str, Any], path: Path) -> Iterator[pl.DataFrame]:
+        """The same in pieces, one or more; a task whose data may not fit in memory overrides it."""
+        with torch.no_grad():
+            frame = cls.predict_file(model, spec, path)
+        yield frame
 
     # -- what Lightning calls --------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Shape legend: B batch, F fields with one id a row, N numeric fields, S sequences
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -126,7 +126,6 @@ class ClickPrediction(Task):
         return {"Calibration (test)": calibration_figure(torch.cat(scores).numpy(), torch.cat(labels).numpy())}
 
     @classmethod
-    @torch.no_grad()
     def predict_file(
         cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 1024
     ) -> pl.DataFrame:
@@ -135,13 +134,20 @@ class ClickPrediction(Task):
         Returns:
             ``row`` (from 1, in the order of the file) and ``score``, the probability that the label is one.
         """
+        return pl.concat(cls.predict_frames(model, spec, path, batch_size))
+
+    @classmethod
+    def predict_frames(
+        cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 8192
+    ) -> Iterator[pl.DataFrame]:
         device = next(model.parameters()).device
-        scores = [
-            model(*(x.to(device) for x in model_inputs(batch))).sigmoid().double().cpu().numpy()
-            for batch in read_rows(spec, path, batch_size)
-        ]
-        score = np.concatenate([*scores, np.empty(0)])
-        return pl.DataFrame({"row": np.arange(1, len(score) + 1), "score": score})
+        row = 0
+        yield pl.DataFrame(schema={"row": pl.Int64, "score": pl.Float64})  # a table without rows has columns, too
+        for batch in read_rows(spec, path, batch_size):
+            with torch.no_grad():
+                scores = model(*(x.to(device) for x in model_inputs(batch))).sigmoid().double().cpu().numpy()
+            yield pl.DataFrame({"row": np.arange(row + 1, row + 1 + len(scores)), "score": scores})
+            row += len(scores)
 
 
 def clip_norm(grads: list[Tensor], longest: float) -> None:

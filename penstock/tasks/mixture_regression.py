@@ -5,7 +5,7 @@ Shape legend: B batch, T tasks (labels), E experts, F id fields, N numeric colum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -217,23 +217,34 @@ class MixtureRegression(Task):
         return figures
 
     @classmethod
-    @torch.no_grad()
     def predict_file(
         cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 1024
     ) -> pl.DataFrame:
         """Predictions by label: a number in its own unit, or the likelier class and the second one's probability."""
-        columns: dict[str, list[Any]] = {}
+        return pl.concat(cls.predict_frames(model, spec, path, batch_size))
+
+    @classmethod
+    def predict_frames(
+        cls, model: nn.Module, spec: Mapping[str, Any], path: Path, batch_size: int = 8192
+    ) -> Iterator[pl.DataFrame]:
         tasks = LabelTask.of(spec)
-        batches = [model(b.ids, b.numeric, b.sequences) for b in read_rows(spec, path, batch_size)]
-        predictions = torch.cat(batches).double() if batches else torch.empty(0, len(tasks))
-        for column, task in enumerate(tasks):
-            predicted = predictions[:, column]
-            if task.kind == "binary":
-                columns[task.name] = [task.classes[int(logit > 0)] for logit in predicted]
-                columns[f"{task.name}_probability"] = predicted.sigmoid().tolist()
-            else:
-                columns[task.name] = (predicted * task.std + task.mean).tolist()
-        return pl.DataFrame(columns)
+        yield _predicted(tasks, torch.empty(0, len(tasks)))  # a table without rows has columns, too
+        for batch in read_rows(spec, path, batch_size):
+            with torch.no_grad():
+                predictions_BT = model(batch.ids, batch.numeric, batch.sequences)
+            yield _predicted(tasks, predictions_BT)
+
+
+def _predicted(tasks: Sequence[LabelTask], predictions_BT: Tensor) -> pl.DataFrame:
+    columns: dict[str, pl.Series] = {}
+    for task, predicted in zip(tasks, predictions_BT.double().unbind(1), strict=True):
+        if task.kind == "binary":
+            likelier = [task.classes[int(logit > 0)] for logit in predicted]
+            columns[task.name] = pl.Series(likelier, dtype=pl.String)
+            columns[f"{task.name}_probability"] = pl.Series(predicted.sigmoid().numpy())
+        else:
+            columns[task.name] = pl.Series((predicted * task.std + task.mean).numpy())
+    return pl.DataFrame(columns)
 
 
 def _is_router(name: str, module: nn.Module) -> bool:
