@@ -60,7 +60,7 @@ class TableConfig:
     numeric: Numeric = "bucket"
     """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers."""
     num_quantiles: int = 20
-    """Categories of a number cut by quantile."""
+    """Categories of a number cut by quantile, about; a value that would fill one has one to itself."""
     memory_mb: int = 1024
     """Encoded tables above this size are kept in a temporary file (in $TMPDIR) instead of memory."""
 
@@ -490,10 +490,18 @@ class _Sample:
             self.share /= 2
 
     def edges(self, count: int) -> tuple[float, ...]:
-        """Upper ends of ``count`` quantiles but the last; fewer where values repeat."""
-        if not len(self.numbers):
-            return ()
-        return tuple(np.unique(np.quantile(self.numbers, np.arange(1, count) / count, method="lower")).tolist())
+        """Upper ends of about ``count`` quantiles but the last.
+
+        A value that would fill a quantile, like the zeros of an amount that is mostly zero, has one to itself, and the
+        others are cut as evenly as without it.
+        """
+        values, times = np.unique(self.numbers, return_counts=True)
+        heavy = np.flatnonzero(times * count > len(self.numbers))
+        light = self.numbers[~np.isin(self.numbers, values[heavy])]
+        shares = max(count - len(heavy), 1)
+        cuts = np.quantile(light, np.arange(1, shares) / shares, method="lower") if len(light) else light
+        ends = np.unique(np.concatenate([cuts, values[heavy], values[heavy[heavy > 0] - 1]]))
+        return tuple(ends[ends < values.max(initial=-math.inf)].tolist())
 
 
 class _Fitter:
