@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +87,13 @@ class RawTable:
         columns: the names in the header; a column without a name (a saved index) has "" and is not read. A text file
             in Criteo's layout without a header gets Criteo's names.
         has_header: whether the first line names the columns.
+        kinds: settings of columns that the table itself tells.
 
     Raises:
         UserError: if it is missing, empty or not what its name says, or two columns have one name.
     """
+
+    kinds: Mapping[str, Any] = {}
 
     def __init__(self, path: Path) -> None:
         self.path = path

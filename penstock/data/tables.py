@@ -22,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from penstock.data.base import Data, Source
+from penstock.data.frames import FrameSource
 from penstock.data.loader import Batches
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
@@ -150,8 +151,10 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     """
     assert source.data is not None, "a table needs a path; the embedded default is made elsewhere"
     config.check()
-    raw = RawTable(source.data)
+    raw = source.table if isinstance(source, FrameSource) else RawTable(source.data)
     held_out = RawTable(source.test) if source.test is not None else None
+    # Who gives a frame has what is to be tested on elsewhere.
+    has_test = held_out is not None or isinstance(source, FrameSource)
     targets = _label_columns(raw, source.label, several=labels == "any")
     if config.split_column:
         if config.split_column not in raw.columns:
@@ -169,7 +172,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     if held_out is not None:
         held_out.must_have([*targets, *filter(None, [config.group_column])])
 
-    scan = _scan(raw, config, held_out is not None)
+    scan = _scan(raw, config, has_test)
     label_fields = [_label(raw, name, scan.columns[name], labels) for name in targets]
     plans, notes = _plan(raw, scan, {*targets, config.split_column}, overrides, config)
     if held_out is not None:
@@ -177,7 +180,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         if not (rows := held_out.count_rows()):
             raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
         scan.rows["test"] = rows
-    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None), label_fields, config.group_column)
+    schema = Schema.lay_out(_fit(raw, plans, config, has_test), label_fields, config.group_column)
     notes += [f"{x.name}: {x.classes[0]!r} became 0 and {x.classes[1]!r} became 1" for x in label_fields if x.classes]
 
     size = sum(4 * math.prod(shape) for rows in scan.rows.values() for shape in schema.shapes(rows))
@@ -187,7 +190,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     with tempfile.TemporaryDirectory(prefix="penstock-", ignore_cleanup_errors=True) as folder:
         # The files are mapped before the folder goes: the rows live on without a name, and end with the process.
         stores = {split: _Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
-        for chunk, codes in _split_chunks(raw, config, held_out is not None):
+        for chunk, codes in _split_chunks(raw, config, has_test):
             encoded = schema.encode(chunk)
             for code in np.unique(codes):
                 stores[SPLITS[code]].append(encoded.where(codes == code))
@@ -347,9 +350,10 @@ def _label(raw: RawTable, name: str, seen: _Seen, kinds: Literal["binary", "any"
 
 
 def _read_overrides(config: TableConfig, raw: RawTable) -> dict[str, dict[str, Any]]:
-    """The columns file: `Field` settings for each column it names, whose kind may be "drop"."""
+    """What the table and the columns file say: `Field` settings by column, whose kind may be "drop"."""
+    overrides = _checked("columns", raw.kinds, raw)
     if not config.columns:
-        return {}
+        return overrides
     path = Path(config.columns)
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -359,12 +363,16 @@ def _read_overrides(config: TableConfig, raw: RawTable) -> dict[str, dict[str, A
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(given, dict):
         raise UserError(f"{path}: must map columns to kinds, as `age: numeric`")
+    return overrides | _checked(str(path), given, raw)
+
+
+def _checked(where: str, given: Mapping[str, Any], raw: RawTable) -> dict[str, dict[str, Any]]:
     overrides = {}
     for name, value in given.items():
         if name not in raw.columns:
-            raise UserError(f"{path}: {raw.path.name} has no column {name!r}; {did_you_mean(str(name), raw.columns)}")
+            raise UserError(f"{where}: {raw.path.name} has no column {name!r}; {did_you_mean(str(name), raw.columns)}")
         overrides[name] = value if isinstance(value, dict) else {"kind": value}
-        _check_override(f"{path}, {name}", overrides[name])
+        _check_override(f"{where}, {name}", overrides[name])
     return overrides
 
 
