@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from penstock.gates import Gate, Routing, ablate, force, mark, twin, watch
     from penstock.interop.create import create_model, list_models, load_authors
     from penstock.interop.graft import graft
+    from penstock.interop.sklearn import ClickClassifier
     from penstock.lab.store import load
 
 _HOMES = {
     **dict.fromkeys(("Gate", "Routing", "ablate", "force", "mark", "twin", "watch"), "penstock.gates"),
     **dict.fromkeys(("create_model", "list_models", "load_authors"), "penstock.interop.create"),
+    "ClickClassifier": "penstock.interop.sklearn",
     "graft": "penstock.interop.graft",
     "load": "penstock.lab.store",
 }
@@ -37,6 +39,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ClickClassifier",
     "Gate",
     "Routing",
     "__version__",

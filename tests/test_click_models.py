@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
+import polars as pl
 import pytest
 import torch
 
 from penstock.cli import main
+from penstock.data.tables import read_rows
 from penstock.lab.cards import PLAIN_MODELS
 from penstock.lab.plain import PLAIN
+from penstock.lab.store import load, open_run
 from penstock.nn.click_models import CLICK_MODELS, ClickModel, CrossNetworkV2
+from penstock.tasks.click_prediction import model_inputs
 
 IDS = torch.tensor([[0, 3, 5], [1, 2, 6]])
 
@@ -86,6 +92,48 @@ def test_plain_models_stand_beside_a_system(tmp_path: Path, capsys: pytest.Captu
     table.write_text("no\n1\n")
     assert main(["predict", str(out / "fm"), "--data", str(table), "--output", str(tmp_path / "p.csv")]) == 2
     assert "lacks" in capsys.readouterr().err, "a plain model is opened and asks for its columns"
+
+
+def test_parts_of_a_comparison_are_exported_to_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = np.random.default_rng(0)
+    table = pl.DataFrame(
+        {
+            "city": draw.choice(["Oslo", "Rome", "Lima"], 300),
+            "device": draw.choice(["tv", "phone"], 300),
+            "price": draw.normal(size=300),
+            "tags": [draw.choice(["a", "b", "c"], draw.integers(0, 4)).tolist() for _ in range(300)],
+            "click": draw.integers(0, 2, 300),
+        }
+    )
+    table.write_parquet(tmp_path / "clicks.parquet")
+    flags = ["--data", str(tmp_path / "clicks.parquet"), "--label", "click", "--table.numeric", "standardize"]
+    flags += [
+        "--train.epochs",
+        "1",
+        "--train.batch-size",
+        "50",
+        "--search.epochs",
+        "2",
+        "--out",
+        str(tmp_path / "board"),
+    ]
+    names = ["optfs", "finalmlp", "autoint", "optinter", "dcnv2"]
+    assert main(["compare", *names, *flags]) == 0
+    for name in names:
+        capsys.readouterr()
+        assert main(["export", str(tmp_path / "board" / name), "--format", "onnx", "--json"]) == 0
+        exported = json.loads(capsys.readouterr().out)
+        model = load(tmp_path / "board" / name)
+        session = onnxruntime.InferenceSession(exported["file"], providers=["CPUExecutionProvider"])
+        batches = read_rows(open_run(tmp_path / "board" / name).spec, tmp_path / "clicks.parquet", 7)
+        for batch, _ in zip(batches, range(3), strict=False):
+            inputs = model_inputs(batch)
+            assert len(inputs) == 3
+            fed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs, strict=True)}
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    torch.from_numpy(session.run(None, fed)[0]), model(*inputs), atol=1e-5, rtol=0
+                )
 
 
 def test_a_plain_model_does_not_come_first(capsys: pytest.CaptureFixture[str]) -> None:

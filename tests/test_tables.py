@@ -151,6 +151,20 @@ def test_quantiles_hold_equal_shares(tmp_path: Path) -> None:
     torch.testing.assert_close(shares, torch.full((5,), 0.2), atol=0.01, rtol=0)
 
 
+def test_a_value_that_fills_a_quantile_leaves_the_others_to_the_rest(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    gain = np.where(draw.random(3000) < 0.9, 0.0, draw.normal(size=3000))
+    table = pl.DataFrame({"x": gain, "click": [0, 1] * 1500})
+    data = read(saved(tmp_path, table), numeric="quantile", num_quantiles=5)
+    ids = everything(data)["train"].ids[:, 0]
+    counts = sorted(torch.bincount(ids, minlength=8)[1:7].tolist())
+    others = len(ids) - counts[5]
+    assert counts[5] == pytest.approx(0.9 * len(ids), rel=0.02)
+    # Four quantiles of the others, one of them divided by zero.
+    assert counts[0] + counts[1] == pytest.approx(others / 4, abs=1)
+    assert counts[2:5] == pytest.approx([others / 4] * 3, abs=1)
+
+
 def test_sequences_keep_their_last_items(tmp_path: Path) -> None:
     table = pl.DataFrame(
         {

@@ -36,7 +36,7 @@ class Store:
         self.layout = list(zip(schema.shapes(rows), _DTYPES, strict=True))
         self.filled = 0
         self.arrays = [] if folder else [np.empty(shape, dtype) for shape, dtype in self.layout]
-        self.paths = [folder / name for name in Rows._fields] if folder else []
+        self.paths = [folder / name for name in Rows._fields[: len(_DTYPES)]] if folder else []
         if folder:
             folder.mkdir()
 

@@ -39,6 +39,7 @@ class TableBatch(NamedTuple):
         sequences: (B, S, L) global ids, int64, padded at the end with the field's first id; S may be 0.
         label: (B,) or, with several labels, (B, T), float32.
         group: (B, 1) int64, a number for the user or session a row belongs to; (B, 0) if the table has none.
+        weight: (B,) float32, of each row in the training loss; (0,) if all count alike.
     """
 
     ids: Tensor
@@ -46,16 +47,18 @@ class TableBatch(NamedTuple):
     sequences: Tensor
     label: Tensor
     group: Tensor = torch.empty(0, 0, dtype=torch.int64)
+    weight: Tensor = torch.empty(0)
 
 
 class Rows(NamedTuple):
-    """Encoded rows as arrays; as `TableBatch` has them, but ids in int32, labels always (rows, T), groups optional."""
+    """Encoded rows as arrays; as `TableBatch`, but ids in int32, labels always (rows, T), groups and weights optional."""
 
     ids: NDArray[np.int32]
     numeric: NDArray[np.float32]
     sequences: NDArray[np.int32]
     label: NDArray[np.float32]
     group: NDArray[np.int64] | None = None
+    weight: NDArray[np.float32] | None = None
 
     def batch(self, index: NDArray[np.int64] | slice = slice(None)) -> TableBatch:
         """The rows at ``index`` as tensors of their own."""
@@ -70,12 +73,14 @@ class Rows(NamedTuple):
             torch.empty(len(label), 0, dtype=torch.int64)
             if self.group is None
             else torch.from_numpy(np.array(at(self.group))),
+            torch.empty(0) if self.weight is None else torch.from_numpy(np.array(at(self.weight))),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Rows:
         """Some of the rows."""
         group = None if self.group is None else self.group[chosen]
-        return Rows(self.ids[chosen], self.numeric[chosen], self.sequences[chosen], self.label[chosen], group)
+        weight = None if self.weight is None else self.weight[chosen]
+        return Rows(self.ids[chosen], self.numeric[chosen], self.sequences[chosen], self.label[chosen], group, weight)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from penstock.data.base import Data, Source
 from penstock.data.changes import check_kinds
+from penstock.data.frames import FrameSource
 from penstock.data.fuxictr import encoded_folder, read_map, read_splits
 from penstock.data.hashing import hashed
 from penstock.data.leaks import Leaks
@@ -90,7 +91,7 @@ class TableConfig:
     """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers,
     each times a learned vector of its column: standardised, or scaled to 0 .. 1 (minmax)."""
     num_quantiles: int = 20
-    """Categories of a number cut by quantile."""
+    """Categories of a number cut by quantile, about; a value that would fill one has one to itself."""
     memory_mb: int = 1024
     """Encoded tables above this size are kept in a temporary file (in $TMPDIR) instead of memory, and shuffled in
     windows of a quarter of a gigabyte."""
@@ -194,10 +195,12 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     """
     assert source.data is not None, "a table needs a path; the embedded default is made elsewhere"
     config.check()
-    if (encoded := encoded_folder(source.data)) is not None:
+    if (encoded := encoded_folder(source.data)) is not None and not isinstance(source, FrameSource):
         return _read_encoded(encoded, config, source, several=labels == "any")
-    raw = open_table(source.data)
+    raw = source.table if isinstance(source, FrameSource) else open_table(source.data)
     held_out = open_table(source.test) if source.test is not None else None
+    # Who gives a frame has what is to be tested on elsewhere.
+    has_test = held_out is not None or isinstance(source, FrameSource)
     targets = _label_columns(raw, source.label, several=labels == "any")
     splitting = config.split_column or config.time_column or config.user_column
     if splitting and splitting not in raw.columns:
@@ -212,7 +215,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     if held_out is not None:
         held_out.must_have([*targets, *filter(None, [config.group_column])])
 
-    scan = _scan(raw, config, held_out is not None)
+    scan = _scan(raw, config, has_test)
     label_fields = [_label(raw, name, scan.columns[name], labels, config.label_threshold) for name in targets]
     unasked = {config.time_column, config.user_column} - {"", *overrides}
     plans, notes = _plan(raw, scan, {*targets, config.split_column, *unasked}, overrides, config)
@@ -223,7 +226,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
             raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
         scan.rows["test"] = rows
     leaks = Leaks(plans, label_fields)
-    schema = Schema.lay_out(_fit(raw, plans, config, held_out is not None, leaks), label_fields, config.group_column)
+    schema = Schema.lay_out(_fit(raw, plans, config, has_test, leaks), label_fields, config.group_column)
     notes += leaks.notes()
     vectors, coverage = read_vectors(schema, overrides, config.columns)
     notes += coverage
@@ -237,7 +240,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         # The files are mapped before the folder goes: the rows live on without a name, and end with the process.
         stores = {split: Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
         columns = [*targets, *(plan.name for plan in plans), config.group_column]
-        for chunk, codes in _split_chunks(raw, config, held_out is not None, "encode", columns):
+        for chunk, codes in _split_chunks(raw, config, has_test, "encode", columns):
             part = schema.encode(chunk)
             for code in np.unique(codes):
                 stores[SPLITS[code]].append(part.where(codes == code))
@@ -499,6 +502,7 @@ def _label(
 
 def _read_overrides(config: TableConfig, raw: RawTable) -> dict[str, dict[str, Any]]:
     """The columns file: `Field` settings for each column it names, whose kind may be "drop"."""
+    _checked("columns", raw.settings, raw)
     if not config.columns:
         return {}
     path = Path(config.columns)
@@ -510,12 +514,16 @@ def _read_overrides(config: TableConfig, raw: RawTable) -> dict[str, dict[str, A
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(given, dict):
         raise UserError(f"{path}: must map columns to kinds, as `age: numeric`")
+    return _checked(str(path), given, raw)
+
+
+def _checked(where: str, given: Mapping[str, Any], raw: RawTable) -> dict[str, dict[str, Any]]:
     overrides = {}
     for name, value in given.items():
         if name not in raw.columns:
-            raise UserError(f"{path}: {raw.path.name} has no column {name!r}; {did_you_mean(str(name), raw.columns)}")
+            raise UserError(f"{where}: {raw.path.name} has no column {name!r}; {did_you_mean(str(name), raw.columns)}")
         overrides[name] = value if isinstance(value, dict) else {"kind": value}
-        _check_override(f"{path}, {name}", overrides[name])
+        _check_override(f"{where}, {name}", overrides[name])
     return overrides
 
 
@@ -705,10 +713,18 @@ class _Sample:
             self.share /= 2
 
     def edges(self, count: int) -> tuple[float, ...]:
-        """Upper ends of ``count`` quantiles but the last; fewer where values repeat."""
-        if not len(self.numbers):
-            return ()
-        return tuple(np.unique(np.quantile(self.numbers, np.arange(1, count) / count, method="lower")).tolist())
+        """Upper ends of about ``count`` quantiles but the last.
+
+        A value that would fill a quantile, like the zeros of an amount that is mostly zero, has one to itself, and the
+        others are cut as evenly as without it.
+        """
+        values, times = np.unique(self.numbers, return_counts=True)
+        heavy = np.flatnonzero(times * count > len(self.numbers))
+        light = self.numbers[~np.isin(self.numbers, values[heavy])]
+        shares = max(count - len(heavy), 1)
+        cuts = np.quantile(light, np.arange(1, shares) / shares, method="lower") if len(light) else light
+        ends = np.unique(np.concatenate([cuts, values[heavy], values[heavy[heavy > 0] - 1]]))
+        return tuple(ends[ends < values.max(initial=-math.inf)].tolist())
 
 
 class _Fitter:

@@ -119,9 +119,9 @@ def _jobs(systems: list[System[Any]], config: Any, options: Options, reporter: R
     size = 0
     for number, one in enumerate(systems):
         own = config if number == 0 else one.Config()
-        own = dataclasses.replace(
-            own, **{k: getattr(config, k) for k in _DATA if hasattr(config, k) and hasattr(own, k)}
-        )
+        # A system with simulated data of another sort keeps its settings: its part must open as a run of its own.
+        shared = {k: getattr(config, k) for k in _DATA if hasattr(config, k) and hasattr(own, k)}
+        own = dataclasses.replace(own, **{k: v for k, v in shared.items() if type(v) is type(getattr(own, k))})
         own = override(own, {f"train.{name}": getattr(config.train, name) for name in _BUDGET})
         if data is not None:
             shape = {name: getattr(config, name) for name in _SHAPE if hasattr(config, name) and hasattr(own, name)}

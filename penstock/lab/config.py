@@ -59,7 +59,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:
-    """A copy of ``config`` with fields changed by dotted name ("train.steps")."""
+    """A copy of ``config`` with fields changed by dotted name ("train.steps").
+
+    Raises:
+        UserError: on an unknown field, with the nearest names.
+    """
     nested: dict[str, Any] = {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")
@@ -67,6 +71,10 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
             nested.setdefault(head, {})[rest] = value
         else:
             nested[head] = value
+    known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    if unknown := [name for name in nested if name not in known]:
+        close = nearest(unknown[0], known) or known
+        raise UserError(f"{type(config).__name__}: no field {unknown[0]!r}; did you mean {' or '.join(close)}?")
     direct = {
         name: override(getattr(config, name), value) if dataclasses.is_dataclass(getattr(config, name)) else value
         for name, value in nested.items()

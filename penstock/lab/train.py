@@ -20,11 +20,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
 
+from penstock.data.base import Data
 from penstock.errors import UserError
 from penstock.gates import watch
 from penstock.gates.core import GateNotFoundError
 from penstock.lab.progress import Reporter
-from penstock.lab.system import Stage
+from penstock.lab.system import Stage, System
 from penstock.tasks.base import Task, Training
 
 
@@ -81,14 +82,14 @@ class Keeper(Callback):
     """Saves often, restores exactly: weights, optimiser, position in the data, random state, curves, best weights.
 
     Args:
-        path: of the checkpoint of this stage; saving takes at most a twentieth of the time.
+        path: of the checkpoint of this stage, if there is to be one; saving takes at most a twentieth of the time.
         validate_every: steps between validations (0: at the ends of epochs). A step that ends with one is not saved:
             going on from there, Lightning would leave the validation out.
         curves: restored with the rest, so that a resumed run has whole curves.
         best: keep the weights of the best validation and put them back at the end.
     """
 
-    def __init__(self, path: Path, validate_every: int, curves: Curves, *, best: bool) -> None:
+    def __init__(self, path: Path | None, validate_every: int, curves: Curves, *, best: bool) -> None:
         self.path, self.validate_every, self.curves, self.best = path, validate_every, curves, best
         self._next_save = 0.0
         self._random: dict[str, Any] | None = None
@@ -109,7 +110,8 @@ class Keeper(Callback):
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if loss is not None and not math.isfinite(float(loss)):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            kept = f"last finite checkpoint: {self.path}" if self.path.exists() else "there is no checkpoint yet"
+            saved = self.path is not None and self.path.exists()
+            kept = f"last finite checkpoint: {self.path}" if saved else "there is no checkpoint yet"
             raise NonFiniteError(
                 f"the loss is {float(loss)} at step {trainer.global_step} (learning rate {rate:.3g}); {kept}"
             )
@@ -138,6 +140,8 @@ class Keeper(Callback):
         self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
+        if self.path is None:
+            return
         start = time.monotonic()
         trainer.save_checkpoint(self.path)  # Lightning writes to a temporary file and renames it
         now = time.monotonic()
@@ -253,14 +257,14 @@ def check_budget(train: Training, batches: int) -> int:
 
 def train_stage(
     stage: Stage,
-    path: Path,
+    path: Path | None,
     labels: dict[str, Any],
     *,
     seed: int,
     hardware: Hardware,
     reporter: Reporter,
 ) -> Trained:
-    """Train one stage, going on from the checkpoint at ``path`` if there is one.
+    """Train one stage, going on from the checkpoint at ``path`` if there is one; without a path none is written.
 
     Raises:
         NonFiniteError: if the loss is NaN or infinite.
@@ -292,6 +296,7 @@ def train_stage(
         log_every_n_steps=max(total // 1000, 1),
         **validation,
     )
+    saved = path is not None and path.exists()
     start = time.monotonic()
     title = f"{labels['arm']} seed {labels['seed']} {stage.name}"
     with reporter.bar(title, total), _interruptible(trainer):
@@ -299,10 +304,34 @@ def train_stage(
             task,
             batches,
             task.data.validation(train.batch_size),
-            ckpt_path=str(path) if path.exists() else None,
-            weights_only=True if path.exists() else None,
+            ckpt_path=str(path) if saved else None,
+            weights_only=True if saved else None,
         )
     return Trained(task, curves.rows, gates.history, time.monotonic() - start)
+
+
+def train_arm(
+    found: System[Any], config: Any, data: Data, arm: str, *, seed: int, hardware: Hardware, reporter: Reporter
+) -> list[Trained]:
+    """Train all stages of one arm from fresh weights, as a run does but without a folder; the last holds the model.
+
+    Seeds Python, NumPy and PyTorch.
+
+    Raises:
+        NonFiniteError: if the loss is NaN or infinite.
+        UserError: if the settings give no budget.
+        ValueError: for impossible sizes.
+    """
+    seed_all(seed)
+    model = found.arms(config, data.spec)[arm]()
+    done: list[Trained] = []
+    for number, make in enumerate(found.stages(arm, model, config, data)):
+        stage = make()
+        stage.task.seed = seed
+        seed_all(seed * 1000 + number + 1)
+        labels = {"arm": arm, "seed": seed}
+        done.append(train_stage(stage, None, labels, seed=seed, hardware=hardware, reporter=reporter))
+    return done
 
 
 @contextmanager

@@ -46,6 +46,8 @@ class ClickTraining(Training):
 class ClickPrediction(Task):
     """Binary cross-entropy on a model's logits, (ids (B, F), numeric (B, N), sequences (B, S, L)) -> (B,).
 
+    Where rows have weights, each row's loss is multiplied by its own before the mean.
+
     Metrics: ``auc``, the exact area under the ROC curve; ``log_loss`` in nats; ``calibration``, mean predicted over mean
     observed; and for a table with a column of groups ``group_auc``, the mean AUC within groups. Each has its standard
     error over the choice of rows (or groups) beside it, as ``auc_error``.
@@ -75,7 +77,8 @@ class ClickPrediction(Task):
 
     def step(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
         logits_B = self.model(*self.inputs(batch))
-        return F.binary_cross_entropy_with_logits(logits_B, batch.label.to(logits_B.dtype)), logits_B
+        weight = batch.weight.to(logits_B.dtype) if len(batch.weight) else None
+        return F.binary_cross_entropy_with_logits(logits_B, batch.label.to(logits_B.dtype), weight), logits_B
 
     def new_metrics(self) -> MetricCollection:
         found: dict[str, Metric | MetricCollection] = {"auc": BinaryAUROC(thresholds=None), "auc_error": AUCError()}
