@@ -30,6 +30,7 @@ SUMMARIES = {
     "search": "the catalogue, ranked by a query",
     "run": "train a system beside its ungated twin and judge its claims",
     "compare": "one leaderboard of several systems: same data, same budget",
+    "tune": "search a system's settings on your data, then train the best",
     "predict": "apply a trained arm to data",
     "ablate": "what each gate of a trained arm buys",
     "export": "write a trained arm as ONNX or torch.export, or for transformers",
@@ -198,19 +199,19 @@ def _search(arguments: list[str]) -> int:
 # -- running -------------------------------------------------------------------------------------------------
 
 
-def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]:
-    """Run options and the system's own configuration from flags."""
+def _typed(command: str, name: str, arguments: list[str], kind: type[Options] | None = None) -> tuple[Any, Any]:
+    """Options of a ``kind`` (default those of a run) and the system's own configuration from flags."""
     import tyro
 
     from penstock.lab.run import Options
     from penstock.lab.system import system
 
-    found = system(name)
+    found, kind = system(name), kind or Options
     default, arguments = _preset(found, arguments)
     flags = dataclasses.make_dataclass(
         "Flags",
         [
-            ("options", Annotated[Options, tyro.conf.arg(name="")], dataclasses.field(default_factory=Options)),
+            ("options", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default_factory=kind)),
             (
                 "config",
                 Annotated[found.Config, tyro.conf.arg(name="")],
@@ -230,6 +231,8 @@ def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]
 
 
 def _description(found: System[Any]) -> str:
+    if found.name in cards.PLAIN_MODELS:
+        return f"{found.name}, a plain model without gates."
     own = cards.card(found.name)
     presets = f" --preset takes one of {', '.join(found.presets)}." if found.presets else ""
     return f"{own.title}. {own.idea}{presets}"
@@ -255,7 +258,7 @@ def _run(arguments: list[str]) -> int:
             return 0
         raise UserError("run which system? penstock run NAME; `penstock list` shows them")
     name, *rest = arguments
-    cards.card(name)
+    _check_name(name)
     options, config = _typed(f"run {name}", name, rest)
     if _needs_launch(options):
         return _launch(options, ["run", *arguments])
@@ -271,6 +274,12 @@ def _run(arguments: list[str]) -> int:
     else:
         show_results(results, folder.path)
     return 1 if any("failed" in arm for arm in results["arms"].values()) else 0
+
+
+def _check_name(name: str) -> None:
+    """Say at once that there is no such system or plain model; torch takes a while to import."""
+    if name not in cards.PLAIN_MODELS:
+        cards.card(name)
 
 
 def _needs_launch(options: Options) -> bool:
@@ -319,8 +328,7 @@ def _compare(arguments: list[str]) -> int:
             "compare at least two systems: penstock compare NAME NAME ... [--data PATH] [the flags of the first]"
         )
     for name in names:
-        if name not in cards.PLAIN_MODELS:
-            cards.card(name)
+        _check_name(name)
     if names[0] in cards.PLAIN_MODELS:
         raise UserError(f"{names[0]} is a plain model: name a system first, whose flags hold for all")
     options, config = _typed(f"compare {' '.join(names)}", names[0], arguments)
@@ -333,6 +341,29 @@ def _compare(arguments: list[str]) -> int:
     else:
         show_leaderboard(board, folder)
     return 0
+
+
+def _tune(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(
+                "usage: penstock tune NAME [flags]\n\nThe flags are those of `penstock run NAME`, fixed for all trials, and those "
+                "of the search (--trials, --search, --storage ...): `penstock tune NAME --help` lists them all."
+            )
+            return 0
+        raise UserError("tune which system? penstock tune NAME; `penstock list` shows them")
+    name, *rest = arguments
+    _check_name(name)
+    from penstock.lab.show import show_tuning
+    from penstock.lab.space import settings_of
+    from penstock.lab.tune import TuneOptions, tune
+
+    options, config = _typed(f"tune {name}", name, rest, TuneOptions)
+    typed = {argument.partition("=")[0].replace("_", "-").replace("no-", "") for argument in rest}
+    given = [one for one in settings_of(config) if "--" + one.replace("_", "-").replace("no-", "") in typed]
+    folder, result = tune(name, config, options, given=given)
+    _print_json(result) if options.json else show_tuning(result, folder)
+    return 0 if result["best"] else 1
 
 
 # -- a finished run ------------------------------------------------------------------------------------------
@@ -430,6 +461,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "search": _search,
     "run": _run,
     "compare": _compare,
+    "tune": _tune,
     "predict": _predict,
     "ablate": _ablate,
     "export": _export,

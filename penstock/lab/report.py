@@ -21,7 +21,7 @@ import torch
 
 from penstock.errors import UserError
 from penstock.gates.core import CHOICES
-from penstock.lab.cards import Card, ClaimCard, card
+from penstock.lab.cards import PLAIN_MODELS, Card, ClaimCard, card
 from penstock.lab.config import from_dict
 from penstock.lab.pictures import (
     DARK,
@@ -63,14 +63,15 @@ def write_report(folder: RunFolder) -> Path:
     Raises:
         UserError: if the run has not finished or one of its files is broken; nothing is written then.
     """
-    page = _template().render(_content(folder))
+    page = template("report.html.j2").render(_content(folder))
     path = folder.path / "report.html"
     write_atomically(path, page)
     return path
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of this folder, to be rendered."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -80,7 +81,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {"number": _number, "words": _words, "plain": _plain}
     environment.globals |= {"light": LIGHT, "dark": DARK, "dashes": DASHES}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _content(folder: RunFolder) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     missing = [name for name in _NEEDED if name not in results] if isinstance(results, dict) else list(_NEEDED)
     if missing:
         raise UserError(f"{folder.path / 'results.json'}: is not of a run (it has no {', '.join(missing)})")
-    found, its_card = system(results["system"]), card(results["system"])
+    found = system(results["system"])
+    its_card = None if found.name in PLAIN_MODELS else card(found.name)
     own, notes = _own_pictures(folder, about, results, found)
     return {
         "card": its_card,
@@ -284,11 +286,11 @@ class ClaimView:
     parts: list[Part]
 
 
-def _claim_card(its_card: Card, name: str) -> ClaimCard | None:
-    return next((claim for claim in its_card.claims if claim.id == name), None)
+def _claim_card(its_card: Card | None, name: str) -> ClaimCard | None:
+    return next((claim for claim in its_card.claims if claim.id == name), None) if its_card else None
 
 
-def _claim(claim: Mapping[str, Any], its_card: Card) -> ClaimView:
+def _claim(claim: Mapping[str, Any], its_card: Card | None) -> ClaimView:
     about = _claim_card(its_card, claim["id"])
     parts = [
         Part(

@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 import yaml
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from penstock._version import __version__
@@ -25,7 +26,7 @@ from penstock.data.base import Data, Source
 from penstock.errors import UserError
 from penstock.gates import watch
 from penstock.gates.core import GateNotFoundError
-from penstock.lab.cards import card
+from penstock.lab.cards import PLAIN_MODELS, card
 from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.cost import cost
 from penstock.lab.gatesample import gate_sample
@@ -44,6 +45,7 @@ from penstock.lab.train import (
     seed_all,
     test,
     train_stage,
+    validate,
 )
 
 #: Batches of the test split on which gates are watched for the final statistics.
@@ -204,7 +206,14 @@ class Job:
         with _user_errors():
             return self.arms[arm]()
 
-    def _train(self, folder: RunFolder, arm: str, seed: int, model: nn.Module) -> tuple[list[Trained], float]:
+    def validated(self, folder: RunFolder, arm: str, seed: int, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
+        """Train an arm and measure it on the validation split alone."""
+        trained, _ = self._train(folder, arm, seed, self._built(arm, seed), callbacks)
+        return validate(trained[-1].task, self.options.hardware)
+
+    def _train(
+        self, folder: RunFolder, arm: str, seed: int, model: nn.Module, callbacks: Sequence[Callback] = ()
+    ) -> tuple[list[Trained], float]:
         done: list[Trained] = []
         stages = self.system.stages(arm, model, self.config, self.data)
         seconds = 0.0
@@ -226,6 +235,7 @@ class Job:
                         seed=seed,
                         hardware=self.options.hardware,
                         reporter=self.reporter,
+                        extra=callbacks,
                     )
                 )
                 if main_process():
@@ -313,11 +323,11 @@ def run(
         UserError: for anything the user can mend; nothing is written then.
     """
     reporter = reporter or Reporter()
-    found = system(name)
+    found, judged = system(name), name not in PLAIN_MODELS
     if options.resume is not None:
         folder = RunFolder.open(options.resume, write=main_process())
         config, options = _resumed(found, folder, options)
-        job = Job.prepare(found, config, options, reporter)
+        job = Job.prepare(found, config, options, reporter, judged=judged)
         if folder.about["described"] != json.loads(plain_json(job.data.describe())):
             raise UserError(
                 f"{folder.path}: the data is not what it was when the run began; run it again from the start"
@@ -325,7 +335,7 @@ def run(
     else:
         if options.quick:
             config = override(config, untouched(config, found.quick))
-        job = Job.prepare(found, config, options, reporter)
+        job = Job.prepare(found, config, options, reporter, judged=judged)
         folder = _new_folder(name, options)
         if main_process():
             write_atomically(folder.path / "config.yaml", job.about())

@@ -11,6 +11,7 @@ from torch import nn
 
 from penstock.data.base import Data, Source
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Choice
 from penstock.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class System(ABC, Generic[C]):
         threads: CPU threads that serve it best; 0 takes all. A miniature is too small for a second one to help.
         size_field: the whole number in ``Config`` (dotted) that `penstock compare` may change to give its systems the
             same number of parameters, as "mlp_hidden".
+        space: what `penstock tune` searches beside the learning rate, weight decay and batch size, by dotted field name.
+        shared: the settings of the data (first part of their name), which no search may change: all trials share it.
     """
 
     name: ClassVar[str]
@@ -70,6 +73,8 @@ class System(ABC, Generic[C]):
     presets: ClassVar[Mapping[str, Any]] = {}
     threads: ClassVar[int] = 0
     size_field: ClassVar[str] = ""
+    space: ClassVar[Mapping[str, Choice]] = {}
+    shared: ClassVar[tuple[str, ...]] = ("data", "table")
 
     def task_for(self, spec: Mapping[str, Any]) -> type[Task]:
         """The task its arms are trained by on data of this ``spec``."""

@@ -16,6 +16,7 @@ from penstock.data.schema import Schema
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.gates import force
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice, OneOf, Range
 from penstock.lab.system import Stage, System, Trial
 from penstock.nn.fuxictr import parse_regularizer
 from penstock.systems.recommendation.autoint import crosses
@@ -230,6 +231,15 @@ class AutoIntSystem(System[AutoIntConfig]):
     presets = PUBLISHED
     size_field = "dim"
     quick: ClassVar[Mapping[str, Any]] = {"data.validation_rows": 2000, "data.test_rows": 4000, "train.epochs": 6}
+    space: ClassVar[Mapping[str, Choice]] = {
+        "dim": Around(2),
+        "attention_dims": Around(2),
+        "num_heads": OneOf((1, 2, 4)),
+        "layer_norm": OneOf((False, True)),
+        "dnn_hidden_units": Around(2),
+        "dropout": Range(0.0, 0.5),
+        "embedding_regularizer": OneOf((0.0, 1e-6, 1e-5, 1e-4, 1e-3)),
+    }
 
     def load_data(self, config: AutoIntConfig, source: Source) -> Data:
         if source.data is not None:

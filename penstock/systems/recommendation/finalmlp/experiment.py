@@ -17,6 +17,7 @@ from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.errors import UserError
 from penstock.gates import Table, force, watch
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice, OneOf, Range
 from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.finalmlp.model import DualMLP, FinalMLP
 from penstock.systems.recommendation.finalmlp.products import ProductLog, ProductLogConfig
@@ -227,6 +228,15 @@ class FinalMLPSystem(System[FinalMLPConfig]):
         "data.validation_rows": 2000,
         "data.test_rows": 4000,
         "train.epochs": 6,
+    }
+    space: ClassVar[Mapping[str, Choice]] = {
+        "dim": Around(2),
+        "stream_1.hidden": Around(2),
+        "stream_2.hidden": Around(2),
+        "stream_1.dropout": Range(0.0, 0.5),
+        "stream_2.dropout": Range(0.0, 0.5),
+        "num_heads": OneOf((1, 2, 4, 8)),
+        "embedding_regularizer": OneOf(("0", "1e-6", "1e-5", "1e-4", "1e-3")),
     }
 
     def load_data(self, config: FinalMLPConfig, source: Source) -> Data:

@@ -15,6 +15,7 @@ from penstock.data.schema import Schema
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.gates import Table
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice, Range
 from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.optfs.model import Backbone, OptFSModel
 from penstock.tasks.base import Task, Training
@@ -122,6 +123,12 @@ class OptFS(System[OptFSConfig]):
     task = ClickPrediction
     presets = PUBLISHED
     quick: ClassVar[Mapping[str, Any]] = {"data.validation_rows": 2000, "data.test_rows": 4000, "train.epochs": 6}
+    space: ClassVar[Mapping[str, Choice]] = {
+        "penalty": Around(30, start=0.1),
+        "dim": Around(2),
+        "mlp_dims": Around(2),
+        "dropout": Range(0.0, 0.5),
+    }
 
     def load_data(self, config: OptFSConfig, source: Source) -> Data:
         return ClickLog(config.data) if source.data is None else read_table(config.table, source)

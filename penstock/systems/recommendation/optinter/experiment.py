@@ -15,6 +15,7 @@ from penstock.data.schema import Schema, TableBatch
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.errors import UserError
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice
 from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.optinter.crossed import (
     CrossConfig,
@@ -233,6 +234,14 @@ class OptInter(System[OptInterConfig]):
         "train.epochs": 5,
         "search.epochs": 4,
     }
+    space: ClassVar[Mapping[str, Choice]] = {
+        "dim": Around(2),
+        "pair_dim": Around(2),
+        "mlp_dims": Around(2),
+        "search.lr": Around(5),
+        "search.gate_lr": Around(5),
+    }
+    shared = ("data", "table", "crosses", "table_scale")
 
     def load_data(self, config: OptInterConfig, source: Source) -> Data:
         table: TableData
