@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from penstock.lab.run import Options
     from penstock.lab.system import System
 
+#: Rows of a table of findings on the terminal.
+_MOST_PRINTED = 40
 SUMMARIES = {
     "list": "the systems, a line each, and whether each is ready",
     "show": "a system's card: idea, gate, twin, claims with the figures last measured",
@@ -397,11 +399,22 @@ def _ablate(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of which training")
     parser.add_argument("--gates", help="a pattern on the gates' dotted names (default all)")
     parser.add_argument("--batches", type=int, default=20, help="test batches to measure on")
+    parser.add_argument(
+        "--findings",
+        action="store_true",
+        help="with --json: an object of `ablation`, the list, and `findings` by title",
+    )
     asked = parser.parse_args(arguments)
     from penstock.lab.predict import ablate_run
 
-    table = ablate_run(asked.run, arm=asked.arm, seed=asked.seed, pattern=asked.gates, batches=asked.batches)
-    _print_json(list(table)) if asked.json else print(table)
+    table, findings = ablate_run(asked.run, arm=asked.arm, seed=asked.seed, pattern=asked.gates, batches=asked.batches)
+    if asked.json:
+        _print_json({"ablation": table, "findings": findings} if asked.findings else list(table))
+        return 0
+    print(table)
+    for title, found in findings.items():
+        more = f"\n... {len(found) - _MOST_PRINTED:,} more rows (--json --findings)" * (len(found) > _MOST_PRINTED)
+        print(f"\n{title}\n{type(found)(found[:_MOST_PRINTED])}{more}")
     return 0
 
 

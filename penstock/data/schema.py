@@ -115,9 +115,14 @@ class Field:
             return "sequences"
         return "numeric" if self.numeric == "standardize" else "ids"
 
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What each local id stands for."""
+        return ("(number)",) if self.part == "numeric" else ("(missing)", *self.words, "(unseen)")
+
     def value(self, local: int) -> str:
         """What a local id stands for."""
-        return "(number)" if self.part == "numeric" else ("(missing)", *self.words, "(unseen)")[local]
+        return self.values[local]
 
 
 @dataclass(frozen=True)

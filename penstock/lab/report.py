@@ -13,13 +13,14 @@ from datetime import datetime
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
 import torch
 
 from penstock.errors import UserError
+from penstock.gates import Table
 from penstock.gates.core import CHOICES
 from penstock.lab.cards import PLAIN_MODELS, Card, ClaimCard, card
 from penstock.lab.config import from_dict
@@ -42,9 +43,7 @@ from penstock.lab.show import number
 from penstock.lab.store import RunFolder, open_run, write_atomically
 from penstock.lab.system import System, system
 from penstock.lab.train import restore_stage
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from penstock.tasks.base import Task
 
 #: How many gates of an arm have their pictures on the page, and how many their row in the table.
 _MOST_PICTURED, _MOST_LISTED = 48, 400
@@ -79,7 +78,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "words": _words, "plain": _plain}
+    environment.filters |= {"number": _number, "words": _words, "plain": _plain, "cell": _cell}
     environment.globals |= {"light": LIGHT, "dark": DARK, "dashes": DASHES}
     return environment.get_template(name)
 
@@ -92,7 +91,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         raise UserError(f"{folder.path / 'results.json'}: is not of a run (it has no {', '.join(missing)})")
     found = system(results["system"])
     its_card = None if found.name in PLAIN_MODELS else card(found.name)
-    own, notes = _own_pictures(folder, about, results, found)
+    own, findings, notes = _own(folder, about, results, found)
     return {
         "card": its_card,
         "results": results,
@@ -109,6 +108,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "curves": _curves(folder, results),
         "gated": [_gated(name, arm) for name, arm in results["arms"].items() if arm["gates"]],
         "own": own,
+        "findings": findings,
         "notes": notes,
         "costs": _costs(results),
         "trials": _trials(results, found),
@@ -126,6 +126,10 @@ def _printable(value: Any) -> Any:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else number(value)
+
+
+def _cell(value: Any) -> str:
+    return _number(value) if value is None or isinstance(value, int | float) else str(value)
 
 
 def _words(name: str) -> str:
@@ -520,12 +524,24 @@ def _says(stats: Mapping[str, Any]) -> str:
 # -- figures of the system and of its task -------------------------------------------------------------------
 
 
-def _own_pictures(
+@dataclass(frozen=True)
+class Finding:
+    """A table of what gates found, cut off where it would be too long to read."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    more: int
+
+
+def _own(
     folder: RunFolder, about: Mapping[str, Any], results: Mapping[str, Any], found: System[Any]
-) -> tuple[dict[str, Picture], list[str]]:
-    """What the system draws of the whole run, and its task of the first gated arm; and what could not be drawn."""
+) -> tuple[dict[str, Picture], list[Finding], list[str]]:
+    """What the system draws of the whole run, what it and its task say of the first gated arm; and what is missing."""
     config = from_dict(found.Config, about["config"], where=str(folder.path / "config.yaml"))
-    drawn, notes = {}, []
+    drawn: dict[str, Picture] = {}
+    findings: list[Finding] = []
+    notes = []
     cells = [folder.cell(arm, seed) for seed in results["seeds"] for arm in results["arms"]]
     cells = [cell for cell in cells if cell.is_file()]
     if cells:
@@ -537,14 +553,25 @@ def _own_pictures(
     arm = next((name for name, arm in results["arms"].items() if arm["gates"]), None)
     if arm is not None:
         try:
-            drawn |= {f"{title}: {arm}": one for title, one in _task_pictures(folder, arm).items()}
+            task = _restored(folder, arm)
+            with torch.no_grad():
+                findings = [
+                    _finding(title, table) for title, table in found.findings(task.model, config, task.data).items()
+                ]
+                drawn |= {f"{title}: {arm}": one for title, one in pictures(task.figures).items()}
         except UserError as error:
             notes.append(f"Figures of the task are left out: {error}.")
-    return drawn, notes
+    return drawn, findings, notes
 
 
-def _task_pictures(folder: RunFolder, arm: str) -> dict[str, Picture]:
-    """What the task draws of the arm's first training, brought back from its checkpoints.
+def _finding(title: str, table: Table) -> Finding:
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    rows = [[_printable(row.get(name)) for name in columns] for row in table[:_MOST_LISTED]]
+    return Finding(printable(title), _printable(columns), rows, len(table) - len(rows))
+
+
+def _restored(folder: RunFolder, arm: str) -> Task:
+    """The task of the arm's first training, brought back from its checkpoints.
 
     Raises:
         UserError: if the checkpoints or the data are not there any more, or do not fit.
@@ -566,13 +593,7 @@ def _task_pictures(folder: RunFolder, arm: str) -> dict[str, Picture]:
             restore_stage(stage, path)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             raise UserError(f"{path} is broken or of another version of the model") from None
-    task = stage.task.eval()
-
-    def draw() -> Mapping[str, Figure]:
-        with torch.no_grad():
-            return task.figures()
-
-    return pictures(draw)
+    return stage.task.eval()
 
 
 # -- cost and trials -----------------------------------------------------------------------------------------

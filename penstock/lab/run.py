@@ -50,6 +50,8 @@ from penstock.lab.train import (
 
 #: Batches of the test split on which gates are watched for the final statistics.
 _WATCHED_BATCHES = 20
+#: Rows of the longest table of findings that ``results.json`` holds.
+_MOST_FOUND = 100
 
 
 @dataclass
@@ -193,10 +195,12 @@ class Job:
                 "gates": self._watched(task),
                 "gate_history": [step for stage in trained for step in stage.gate_history],
                 "gate_sample": gate_sample(task, batch),
+                "findings": self._findings(task),
                 "curves": [row for stage in trained for row in stage.rows],
             }
             if main_process():
                 folder.save_model(arm, seed, model)
+                self.system.artifacts(arm, model, self.data, folder.path / "models" / arm, seed)
         if main_process():
             folder.write_json(str(path.relative_to(folder.path)), cell)
         return cell
@@ -255,6 +259,12 @@ class Job:
                 task.step(batch)
         return log.to_dict()
 
+    def _findings(self, task: Any) -> dict[str, Any]:
+        """What the gates found, but for long tables: `report.html` and `penstock ablate` have these."""
+        with torch.no_grad():
+            found = self.system.findings(task.model, self.config, self.data)
+        return {title: table for title, table in found.items() if len(table) <= _MOST_FOUND}
+
     def _trial(self, folder: RunFolder, name: str, seed: int) -> dict[str, float]:
         path = folder.path / "trials" / f"{name}.seed{seed}.json"
         if path.exists():
@@ -280,6 +290,7 @@ class Job:
                     "gates": [{"name": name} | gate for name, gate in own[0]["gates"].items()],
                     "gate_history": own[0]["gate_history"],
                     "gate_sample": own[0]["gate_sample"],
+                    "findings": own[0].get("findings", {}),
                 }
                 arms[arm]["cost"]["parameters"] = own[0]["cost"]["parameters"]
             else:

@@ -14,6 +14,7 @@ from penstock.data.clicks import ClickLogConfig
 from penstock.data.schema import Schema, TableBatch
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.errors import UserError
+from penstock.gates import Table
 from penstock.lab.results import Effect, Results
 from penstock.lab.space import Around, Choice
 from penstock.lab.system import Stage, System
@@ -32,7 +33,7 @@ from penstock.systems.recommendation.optinter.model import (
     Method,
     OptInterModel,
 )
-from penstock.systems.recommendation.optinter.reading import methods_figure, size_figure
+from penstock.systems.recommendation.optinter.reading import choice_report, methods_figure, pair_report, size_figure
 from penstock.tasks.base import Task, Training
 from penstock.tasks.click_prediction import ClickPrediction
 
@@ -307,6 +308,13 @@ class OptInter(System[OptInterConfig]):
             measured["table_pair_margin"] = float(model.gate.margin()[table])
             measured["product_pair_factorised"] = float(choice[product] == FACTORISE)
         return measured
+
+    def findings(self, model: nn.Module, config: OptInterConfig, data: Data) -> dict[str, Table]:
+        assert isinstance(model, OptInterModel)
+        if model.net.gate is None:
+            return {}
+        report = pair_report(model, Schema.from_dict(data.spec["schema"]))
+        return {"Pairs by choice": choice_report(report), "How each pair is modelled": report}
 
     def claims(self, config: OptInterConfig, results: Results) -> dict[str, Effect | list[Effect]]:
         arms = {cell["arm"] for cell in results.cells}
