@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from penstock.lab.run import Options
     from penstock.lab.system import System
 
+#: Rows of a table of findings on the terminal.
+_MOST_PRINTED = 40
 SUMMARIES = {
     "list": "the systems, a line each, and whether each is ready",
     "show": "a system's card: idea, gate, twin, claims with the figures last measured",
     "search": "the catalogue, ranked by a query",
     "run": "train a system beside its ungated twin and judge its claims",
     "compare": "one leaderboard of several systems: same data, same budget",
+    "tune": "search a system's settings on your data, then train the best",
     "predict": "apply a trained arm to data",
     "ablate": "what each gate of a trained arm buys",
     "export": "write a trained arm as ONNX or torch.export, or for transformers",
@@ -198,19 +201,19 @@ def _search(arguments: list[str]) -> int:
 # -- running -------------------------------------------------------------------------------------------------
 
 
-def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]:
-    """Run options and the system's own configuration from flags."""
+def _typed(command: str, name: str, arguments: list[str], kind: type[Options] | None = None) -> tuple[Any, Any]:
+    """Options of a ``kind`` (default those of a run) and the system's own configuration from flags."""
     import tyro
 
     from penstock.lab.run import Options
     from penstock.lab.system import system
 
-    found = system(name)
+    found, kind = system(name), kind or Options
     default, arguments = _preset(found, arguments)
     flags = dataclasses.make_dataclass(
         "Flags",
         [
-            ("options", Annotated[Options, tyro.conf.arg(name="")], dataclasses.field(default_factory=Options)),
+            ("options", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default_factory=kind)),
             (
                 "config",
                 Annotated[found.Config, tyro.conf.arg(name="")],
@@ -230,6 +233,8 @@ def _typed(command: str, name: str, arguments: list[str]) -> tuple[Options, Any]
 
 
 def _description(found: System[Any]) -> str:
+    if found.name in cards.PLAIN_MODELS:
+        return f"{found.name}, a plain model without gates."
     own = cards.card(found.name)
     presets = f" --preset takes one of {', '.join(found.presets)}." if found.presets else ""
     return f"{own.title}. {own.idea}{presets}"
@@ -255,7 +260,7 @@ def _run(arguments: list[str]) -> int:
             return 0
         raise UserError("run which system? penstock run NAME; `penstock list` shows them")
     name, *rest = arguments
-    cards.card(name)
+    _check_name(name)
     options, config = _typed(f"run {name}", name, rest)
     if _needs_launch(options):
         return _launch(options, ["run", *arguments])
@@ -271,6 +276,12 @@ def _run(arguments: list[str]) -> int:
     else:
         show_results(results, folder.path)
     return 1 if any("failed" in arm for arm in results["arms"].values()) else 0
+
+
+def _check_name(name: str) -> None:
+    """Say at once that there is no such system or plain model; torch takes a while to import."""
+    if name not in cards.PLAIN_MODELS:
+        cards.card(name)
 
 
 def _needs_launch(options: Options) -> bool:
@@ -319,8 +330,7 @@ def _compare(arguments: list[str]) -> int:
             "compare at least two systems: penstock compare NAME NAME ... [--data PATH] [the flags of the first]"
         )
     for name in names:
-        if name not in cards.PLAIN_MODELS:
-            cards.card(name)
+        _check_name(name)
     if names[0] in cards.PLAIN_MODELS:
         raise UserError(f"{names[0]} is a plain model: name a system first, whose flags hold for all")
     options, config = _typed(f"compare {' '.join(names)}", names[0], arguments)
@@ -333,6 +343,29 @@ def _compare(arguments: list[str]) -> int:
     else:
         show_leaderboard(board, folder)
     return 0
+
+
+def _tune(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(
+                "usage: penstock tune NAME [flags]\n\nThe flags are those of `penstock run NAME`, fixed for all trials, and those "
+                "of the search (--trials, --search, --storage ...): `penstock tune NAME --help` lists them all."
+            )
+            return 0
+        raise UserError("tune which system? penstock tune NAME; `penstock list` shows them")
+    name, *rest = arguments
+    _check_name(name)
+    from penstock.lab.show import show_tuning
+    from penstock.lab.space import settings_of
+    from penstock.lab.tune import TuneOptions, tune
+
+    options, config = _typed(f"tune {name}", name, rest, TuneOptions)
+    typed = {argument.partition("=")[0].replace("_", "-").replace("no-", "") for argument in rest}
+    given = [one for one in settings_of(config) if "--" + one.replace("_", "-").replace("no-", "") in typed]
+    folder, result = tune(name, config, options, given=given)
+    _print_json(result) if options.json else show_tuning(result, folder)
+    return 0 if result["best"] else 1
 
 
 # -- a finished run ------------------------------------------------------------------------------------------
@@ -369,13 +402,26 @@ def _ablate(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of which training")
     parser.add_argument("--gates", help="a pattern on the gates' dotted names (default all)")
     parser.add_argument("--batches", type=int, default=20, help="test batches to measure on")
+    parser.add_argument(
+        "--findings",
+        action="store_true",
+        help="with --json: an object of `ablation`, the list, and `findings` by title",
+    )
     asked = parser.parse_args(arguments)
     from penstock.lab.predict import ablate_run
     from penstock.lab.progress import Reporter
 
     with Reporter().reading():
-        table = ablate_run(asked.run, arm=asked.arm, seed=asked.seed, pattern=asked.gates, batches=asked.batches)
-    _print_json(list(table)) if asked.json else print(table)
+        table, findings = ablate_run(
+            asked.run, arm=asked.arm, seed=asked.seed, pattern=asked.gates, batches=asked.batches
+        )
+    if asked.json:
+        _print_json({"ablation": table, "findings": findings} if asked.findings else list(table))
+        return 0
+    print(table)
+    for title, found in findings.items():
+        more = f"\n... {len(found) - _MOST_PRINTED:,} more rows (--json --findings)" * (len(found) > _MOST_PRINTED)
+        print(f"\n{title}\n{type(found)(found[:_MOST_PRINTED])}{more}")
     return 0
 
 
@@ -439,6 +485,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "search": _search,
     "run": _run,
     "compare": _compare,
+    "tune": _tune,
     "predict": _predict,
     "ablate": _ablate,
     "export": _export,

@@ -37,6 +37,7 @@ from penstock.systems.recommendation.autoint.experiment import (
     AutoIntConfig,
     AutoIntTask,
     _auc,
+    attention_figure,
 )
 from penstock.systems.recommendation.autoint.model import (
     FM,
@@ -868,6 +869,27 @@ def test_what_is_measured_of_an_arm_is_an_intervention() -> None:
     with_dnn = replace(SMALL, dnn_hidden_units=(4,))
     assert "additivity_error" not in SYSTEM.measure("closed", closed, with_dnn, closed.data, 0)
     assert SYSTEM.measure("lr", staged("lr", SMALL), SMALL, closed.data, 0) == {}
+
+
+def test_findings_are_the_fields_that_read_each_other_most() -> None:
+    data = ClickLog(ClickLogConfig(train_rows=50, validation_rows=50, test_rows=50))
+    config = AutoIntConfig()
+    arms = SYSTEM.arms(config, data.spec)
+    ((title, table),) = SYSTEM.findings(arms["gated"]().eval(), config, data).items()
+    assert "read each other most" in title
+    assert [row["mean"] for row in table] == sorted((row["mean"] for row in table), reverse=True)
+    assert len(table) == 20
+    assert SYSTEM.findings(arms["fm"](), config, data) == {}
+
+
+def test_maps_of_many_fields_stand_below_each_other() -> None:
+    def places(fields: int) -> list[tuple[float, float]]:
+        maps = {f"layers.{i}.gate": torch.rand(2, fields, fields) for i in range(2)}
+        figure = attention_figure(maps, [f"field {i}" for i in range(fields)])
+        return [tuple(axes.get_subplotspec().get_geometry()[:2]) for axes in figure.axes if axes.images]
+
+    assert places(8) == [(1, 2)] * 2
+    assert places(40) == [(2, 1)] * 2
 
 
 @pytest.mark.parametrize("numeric", ["bucket", "standardize"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from penstock.data.base import Source
 from penstock.errors import UserError
-from penstock.gates import force, twin, watch
+from penstock.gates import Table, force, twin, watch
 from penstock.interop.create import load_authors
 from penstock.lab.results import Results
 from penstock.systems.recommendation.finalmlp.checkpoint import Features, features_of, from_authors, to_authors
@@ -31,6 +31,8 @@ from penstock.systems.recommendation.finalmlp.experiment import (
     gate_gradients,
     gate_report,
     interventions,
+    shift_report,
+    value_figure,
 )
 from penstock.systems.recommendation.finalmlp.model import (
     BilinearFusion,
@@ -627,10 +629,11 @@ def test_arms_and_what_they_measure() -> None:
     assert [row["mean"] for row in report] == sorted(means.values(), reverse=True)
     margin = min(means["signal_2"], means["signal_3"]) - max(means[name] for name in data.idle)
     assert measured["field_margin"] == pytest.approx(margin)
-    assert set(task.figures()) == {*ClickPrediction.figures(task), "Mean gate, by field"}
+    drawn = {*ClickPrediction.figures(task), "Mean gate, by field"}
+    assert set(task.figures()) == drawn | {f"Mean gate, by field and value of signal_{i}" for i in (0, 1)}
 
     by_value = gate_report(task.model, data.test(100), data.schema, by="signal_0")
-    assert [row["signal_0"] for row in by_value] != []
+    assert {row["value of signal_0"] for row in by_value} <= set(data.schema.fields[0].words)
     assert sum(row["rows"] for row in by_value) == 2000
     weighted = sum(row["rows"] * row["idle_1"] for row in by_value) / 2000
     assert weighted == pytest.approx(means["idle_1"], rel=1e-4)
@@ -638,6 +641,29 @@ def test_arms_and_what_they_measure() -> None:
         gate_report(task.model, data.test(100), data.schema, by="signal_9")
     with pytest.raises(ValueError, match="no gates"):
         gate_report(model(gated=False), data.test(100), data.schema)
+
+
+def test_findings_are_by_field_and_by_value_of_the_context() -> None:
+    data = ProductLog(SMALL.data)
+    arms = SYSTEM.arms(SMALL, data.spec)
+    found = SYSTEM.findings(arms["gated"]().eval(), SMALL, data)
+    assert list(found) == ["Gate openness by field", *(f"Gate openness by value of signal_{i}" for i in (0, 1))]
+    assert {row["field"] for row in found["Gate openness by field"]} == set(data.spec["fields"])
+    assert {row["signal_0"] for row in found["Gate openness by value of signal_0"]} <= set(data.schema.fields[0].words)
+    assert list(SYSTEM.findings(arms["contextless"]().eval(), SMALL, data)) == ["Gate openness by field"]
+    assert SYSTEM.findings(arms["dual_mlp"](), SMALL, data) == {}
+
+
+def test_a_value_is_told_by_the_fields_it_moves_most() -> None:
+    gates = [{"city": 1.0, "hour": 0.5, "shop": 1.2}, {"city": 1.0, "hour": 1.5, "shop": 0.8}]
+    report = Table({"value of city": name, "rows": 10} | row for name, row in zip(("a", "b"), gates, strict=True))
+    first, second = shift_report(report, "city")
+    assert first == {"city": "a", "rows": 10, "mean gate": 0.9} | {"opens": "shop +0.2", "closes": "hour -0.5"}
+    assert (second["opens"], second["closes"]) == ("hour +0.5", "shop -0.2")
+    assert shift_report(report, "city", shown=0)[0]["opens"] == "-"
+    axes = value_figure(report, "city").axes[0]
+    assert np.array_equal(axes.images[0].get_array(), [list(row.values()) for row in gates])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a (10)", "b (10)"]
 
 
 def test_contextless_arm_is_dead_but_for_its_last_bias() -> None:

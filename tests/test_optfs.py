@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from penstock.data.base import Source
 from penstock.data.clicks import ClickLog, ClickLogConfig
-from penstock.data.schema import Schema
-from penstock.data.tables import TableConfig
+from penstock.data.schema import Field, Label, Rows, Schema
+from penstock.data.tables import TableConfig, TableData
 from penstock.errors import UserError
 from penstock.gates import GateWarning, force, twin, watch
 from penstock.lab.results import Results
+from penstock.lab.run import Options
+from penstock.lab.run import run as run_system
+from penstock.lab.store import load
 from penstock.nn.embeddings import MLP, CrossNetwork, FieldEmbedding, factorization, pairwise_products
 from penstock.systems.recommendation.optfs.checkpoint import from_authors, to_authors
 from penstock.systems.recommendation.optfs.experiment import (
@@ -29,6 +32,7 @@ from penstock.systems.recommendation.optfs.experiment import (
     SYSTEM,
     OptFSConfig,
     field_report,
+    load_compacted,
     penalty_weight,
 )
 from penstock.systems.recommendation.optfs.model import VARIANTS, Backbone, FeatureGate, OptFSModel
@@ -456,6 +460,58 @@ def test_the_search_drops_noise_and_the_random_arm_as_much() -> None:
     assert [row["field"] for row in report] == data.spec["fields"]
     assert sum(row["kept"] for row in report) == int(gated.gate.kept().sum())
     assert "(unseen)" in next(row["dropped"] for row in report if row["field"] == "signal_0")
+
+
+def test_a_person_is_told_which_fields_and_values_were_kept() -> None:
+    field = Field("city", "categorical", words=tuple(f"town {i} " + "x" * 40 for i in range(100_000)))
+    schema = Schema.lay_out([field, Field("hour", "categorical", words=("1", "2"))], [Label("click", ("0", "1"))])
+    net = OptFSModel(schema.num_ids, 2, backbone="fm", dim=2)
+    net.gate.logit.data[:] = -1.0
+    net.gate.logit.data[[5, 9, 7]] = 1.0
+    rows = np.array([[9, 100_003]] * 3 + [[5, 100_003]] * 2 + [[70, 100_003]])
+    labels = np.zeros((6, 1), np.float32)
+    split = Rows(rows.astype(np.int32), np.empty((6, 0), np.float32), np.empty((6, 0, 0), np.int32), labels)
+    data = TableData(schema, {"train": split, "validation": split, "test": split}, "made up")
+    fields, values = SYSTEM.findings(net, OptFSConfig(), data).values()
+    assert [(row["field"], row["kept"], row["values kept"]) for row in fields] == [
+        ("city", "some", 3),
+        ("hour", "dropped", 0),
+    ]
+    assert fields[0]["share of rows"] == pytest.approx(5 / 6)
+    named = {row["field"]: row for row in values}
+    places = [name.split()[1] for name in named["city"]["kept, most frequent first"].split(", ")]
+    assert places == ["8", "4", "6"], "the most frequent first"
+    assert named["city"]["dropped"].startswith("town 69 x")
+    assert named["city"]["dropped"].endswith("... 99,993 more")
+    assert max(len(text) for row in values for text in row.values()) < 250
+    assert named["hour"]["kept, most frequent first"] == "-"
+
+
+def test_a_run_writes_the_compacted_model_and_the_map_of_ids(tmp_path: Path) -> None:
+    config = replace(SMALL, train=replace(SMALL.train, epochs=1, lr=0.03), search=Search(epochs=2))
+    folder, results = run_system("optfs", config, Options(arms=("gated", "ungated"), out=tmp_path / "run"))
+    assert sorted(p.name for p in (folder.path / "models" / "gated").iterdir()) == [
+        *("compact.safetensors", "config.json", "id_map.parquet", "model.safetensors")
+    ]
+    assert not (folder.path / "models" / "ungated" / "compact.safetensors").exists()
+    whole, data = load(folder.path), ClickLog(config.data)
+    assert isinstance(whole, OptFSModel)
+    small, new_ids = load_compacted(folder.path / "models" / "gated")
+    ids = next(iter(data.test(500))).ids
+    assert torch.equal(small(new_ids[ids]), whole(ids))
+    assert 0 < int(whole.gate.kept().sum()) < data.schema.num_ids
+    assert small.embedding.num_ids == int(whole.gate.kept().sum()) + 1
+
+    id_map = pl.read_parquet(folder.path / "models" / "gated" / "id_map.parquet")
+    assert id_map.columns == ["field", "value", "old_id", "new_id"]
+    for field, value, old, new in id_map.sample(50, seed=0).iter_rows():
+        assert data.schema.locate(old) == (field, value)
+        assert (new is not None) == bool(whole.gate.kept()[old])
+    found = results["arms"]["gated"]["findings"]
+    assert set(found) == {"Fields kept and dropped", "Values kept and dropped, by field"}
+    assert sum(row["values kept"] for row in found["Fields kept and dropped"]) == int(whole.gate.kept().sum())
+    with pytest.raises(UserError, match=r"compact\.safetensors: there is no such"):
+        load_compacted(folder.path / "models" / "ungated")
 
 
 def test_arms_differ_only_in_the_gate() -> None:

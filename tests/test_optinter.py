@@ -52,7 +52,13 @@ from penstock.systems.recommendation.optinter.model import (
     MethodGate,
     OptInterModel,
 )
-from penstock.systems.recommendation.optinter.reading import chosen_crosses, methods_figure, pair_report, size_figure
+from penstock.systems.recommendation.optinter.reading import (
+    choice_report,
+    chosen_crosses,
+    methods_figure,
+    pair_report,
+    size_figure,
+)
 from penstock.systems.recommendation.optinter.vocabulary import CrossVocabulary, all_pairs
 from penstock.tasks.click_prediction import ClickPrediction
 from tests.golden_adapters.optinter import ADAPTERS
@@ -620,6 +626,13 @@ def test_both_stages_end_to_end() -> None:
     assert {"first", "second", "method", "margin", "rows"} == set(report[0])
     table = next(row for row in report if (row["first"], row["second"]) == data.table.table_pair)
     assert table["method"] == "memorised"
+    found = SYSTEM.findings(model, SMALL, data)
+    assert found == {"Pairs by choice": choice_report(report), "How each pair is modelled": report}
+    assert [row["choice"] for row in found["Pairs by choice"]] == ["memorised", "factorised", "ignored"]
+    assert sum(row["pairs"] for row in found["Pairs by choice"]) == 6
+    assert found["Pairs by choice"][0]["surest first"].startswith(f"{report[0]['first']} x {report[0]['second']}")
+    assert choice_report(report * 4)[0]["surest first"].endswith(" more")
+    assert SYSTEM.findings(SYSTEM.arms(SMALL, data.spec)["ungated"](), SMALL, data) == {}
     chosen = chosen_crosses(model, data.schema)
     kept = sum(row["rows"] - 1 for row in report if row["method"] == "memorised")
     assert len(chosen) == kept
@@ -825,6 +838,20 @@ def test_the_heat_map_shows_the_choice_and_the_names() -> None:
     shown = axes.images[0].get_array()
     assert np.array_equal(np.ma.filled(shown, -1), [[1, -1], [0, 2]])
     assert sorted(text.get_text() for text in axes.texts) == ["0.75", "2.50", "3.00"]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["memorised", "factorised", "ignored"]
+
+
+def test_the_heat_map_of_many_fields_has_names_and_colours_only() -> None:
+    fields = [f"field_{i}" for i in range(40)]
+    pairs = 40 * 39 // 2
+    model = OptInterModel(
+        80, range(0, 80, 2), [2] * 40, [1] * pairs, [False] * pairs, method="search", dim=2, pair_dim=2, mlp_dims=(4,)
+    )
+    figure = methods_figure(model, fields)
+    axes = figure.axes[0]
+    assert not axes.texts
+    assert len(axes.get_xticklabels()) == len(axes.get_yticklabels()) == 39
+    assert figure.get_size_inches().max() < 14, "a page can show it"
 
 
 def test_published_settings() -> None:

@@ -139,13 +139,18 @@ class Field:
             return "sequences"
         return "numeric" if self.numeric in ("standardize", "minmax") else "ids"
 
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What each local id stands for."""
+        if self.encoded:
+            return self.words or tuple(f"(id {local})" for local in range(self.encoded))
+        if self.hash_buckets:
+            return ("(missing)", *(f"(bucket {n})" for n in range(self.hash_buckets)))
+        return ("(number)",) if self.part == "numeric" else ("(missing)", *self.words, "(unseen)")
+
     def value(self, local: int) -> str:
         """What a local id stands for."""
-        if self.encoded:
-            return self.words[local] if self.words else f"(id {local})"
-        if self.hash_buckets and local:
-            return f"(bucket {local - 1})"
-        return "(number)" if self.part == "numeric" else ("(missing)", *self.words, "(unseen)")[local]
+        return self.values[local]
 
 
 @dataclass(frozen=True)

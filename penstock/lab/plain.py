@@ -14,6 +14,7 @@ from penstock.data.clicks import ClickLog, ClickLogConfig
 from penstock.data.schema import Schema
 from penstock.data.tables import TableConfig, read_table
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice, OneOf, Range
 from penstock.lab.system import System
 from penstock.nn.click_models import CLICK_MODELS, ClickModel
 from penstock.tasks.click_prediction import ClickPrediction, ClickTraining
@@ -49,6 +50,14 @@ class ClickModelConfig:
     )
 
 
+#: What is searched of the models that have a perceptron.
+_PERCEPTRON: Mapping[str, Choice] = {
+    "mlp_dims": Around(2),
+    "dropout": Range(0.0, 0.5),
+    "batch_norm": OneOf((False, True)),
+}
+
+
 class PlainClickModel(System[ClickModelConfig]):
     """One of `CLICK_MODELS`; its one arm is called "gated" like every system's first, though it has no gate."""
 
@@ -58,6 +67,10 @@ class PlainClickModel(System[ClickModelConfig]):
 
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
+        searched: dict[str, Choice] = {} if name == "logistic_regression" else {"dim": Around(2)}
+        if "mlp_dims" in CLICK_MODELS[name](()):
+            searched |= _PERCEPTRON
+        self.space = searched  # type: ignore[misc]
 
     def load_data(self, config: ClickModelConfig, source: Source) -> Data:
         return ClickLog(config.data) if source.data is None else read_table(config.table, source)

@@ -107,8 +107,11 @@ def task_of(run: Run, model: nn.Module) -> Task:
 
 def ablate_run(
     run: Path, *, arm: str | None = None, seed: int = 0, pattern: str | None = None, batches: int = 20
-) -> Table:
+) -> tuple[Table, dict[str, Table]]:
     """What each gate of a trained arm buys, measured on test batches.
+
+    Returns:
+        the table of interventions, and by title what the gates found (`System.findings`).
 
     Raises:
         UserError: if the run cannot be used, the arm has no gates, or the pattern matches none.
@@ -129,7 +132,8 @@ def ablate_run(
         return {"loss": total / count} | {name: float(v) for name, v in metrics.compute().items()}
 
     try:
-        return ablate(model, evaluate, pattern)
+        with torch.no_grad():
+            return ablate(model, evaluate, pattern), opened.system.findings(model, opened.config, task.data)
     except GateNotFoundError as error:
         raise UserError(f"{run}: arm {arm or opened.arms[0]}: {error}") from None
 

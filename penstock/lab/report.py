@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -21,8 +21,9 @@ import torch
 
 from penstock.data.base import Data
 from penstock.errors import UserError
+from penstock.gates import Table
 from penstock.gates.core import CHOICES
-from penstock.lab.cards import Card, ClaimCard, card
+from penstock.lab.cards import PLAIN_MODELS, Card, ClaimCard, card
 from penstock.lab.config import from_dict
 from penstock.lab.pictures import (
     DARK,
@@ -43,9 +44,7 @@ from penstock.lab.show import number
 from penstock.lab.store import RunFolder, open_run, write_atomically
 from penstock.lab.system import System, system
 from penstock.lab.train import restore_stage
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from penstock.tasks.base import Task
 
 #: How many gates of an arm have their pictures on the page, and how many their row in the table.
 _MOST_PICTURED, _MOST_LISTED = 48, 400
@@ -65,14 +64,15 @@ def write_report(folder: RunFolder, data: Data | None = None) -> Path:
     Raises:
         UserError: if the run has not finished or one of its files is broken; nothing is written then.
     """
-    page = _template().render(_content(folder, data))
+    page = template("report.html.j2").render(_content(folder, data))
     path = folder.path / "report.html"
     write_atomically(path, page)
     return path
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of this folder, to be rendered."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -80,9 +80,9 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "words": _words, "plain": _plain}
+    environment.filters |= {"number": _number, "words": _words, "plain": _plain, "cell": _cell}
     environment.globals |= {"light": LIGHT, "dark": DARK, "dashes": DASHES}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _content(folder: RunFolder, data: Data | None) -> dict[str, Any]:
@@ -91,8 +91,9 @@ def _content(folder: RunFolder, data: Data | None) -> dict[str, Any]:
     missing = [name for name in _NEEDED if name not in results] if isinstance(results, dict) else list(_NEEDED)
     if missing:
         raise UserError(f"{folder.path / 'results.json'}: is not of a run (it has no {', '.join(missing)})")
-    found, its_card = system(results["system"]), card(results["system"])
-    own, notes = _own_pictures(folder, about, results, found, data)
+    found = system(results["system"])
+    its_card = None if found.name in PLAIN_MODELS else card(found.name)
+    own, findings, notes = _own(folder, about, results, found, data)
     return {
         "card": its_card,
         "results": results,
@@ -109,6 +110,7 @@ def _content(folder: RunFolder, data: Data | None) -> dict[str, Any]:
         "curves": _curves(folder, results),
         "gated": [_gated(name, arm) for name, arm in results["arms"].items() if arm["gates"]],
         "own": own,
+        "findings": findings,
         "notes": notes,
         "costs": _costs(results),
         "trials": _trials(results, found),
@@ -126,6 +128,10 @@ def _printable(value: Any) -> Any:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else number(value)
+
+
+def _cell(value: Any) -> str:
+    return _number(value) if value is None or isinstance(value, int | float) else str(value)
 
 
 def _words(name: str) -> str:
@@ -286,11 +292,11 @@ class ClaimView:
     parts: list[Part]
 
 
-def _claim_card(its_card: Card, name: str) -> ClaimCard | None:
-    return next((claim for claim in its_card.claims if claim.id == name), None)
+def _claim_card(its_card: Card | None, name: str) -> ClaimCard | None:
+    return next((claim for claim in its_card.claims if claim.id == name), None) if its_card else None
 
 
-def _claim(claim: Mapping[str, Any], its_card: Card) -> ClaimView:
+def _claim(claim: Mapping[str, Any], its_card: Card | None) -> ClaimView:
     about = _claim_card(its_card, claim["id"])
     parts = [
         Part(
@@ -520,12 +526,24 @@ def _says(stats: Mapping[str, Any]) -> str:
 # -- figures of the system and of its task -------------------------------------------------------------------
 
 
-def _own_pictures(
+@dataclass(frozen=True)
+class Finding:
+    """A table of what gates found, cut off where it would be too long to read."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    more: int
+
+
+def _own(
     folder: RunFolder, about: Mapping[str, Any], results: Mapping[str, Any], found: System[Any], data: Data | None
-) -> tuple[dict[str, Picture], list[str]]:
-    """What the system draws of the whole run, and its task of the first gated arm; and what could not be drawn."""
+) -> tuple[dict[str, Picture], list[Finding], list[str]]:
+    """What the system draws of the whole run, what it and its task say of the first gated arm; and what is missing."""
     config = from_dict(found.Config, about["config"], where=str(folder.path / "config.yaml"))
-    drawn, notes = {}, []
+    drawn: dict[str, Picture] = {}
+    findings: list[Finding] = []
+    notes = []
     cells = [folder.cell(arm, seed) for seed in results["seeds"] for arm in results["arms"]]
     cells = [cell for cell in cells if cell.is_file()]
     if cells:
@@ -537,14 +555,25 @@ def _own_pictures(
     arm = next((name for name, arm in results["arms"].items() if arm["gates"]), None)
     if arm is not None:
         try:
-            drawn |= {f"{title}: {arm}": one for title, one in _task_pictures(folder, arm, data).items()}
+            task = _restored(folder, arm, data)
+            with torch.no_grad():
+                findings = [
+                    _finding(title, table) for title, table in found.findings(task.model, config, task.data).items()
+                ]
+                drawn |= {f"{title}: {arm}": one for title, one in pictures(task.figures).items()}
         except UserError as error:
             notes.append(f"Figures of the task are left out: {error}.")
-    return drawn, notes
+    return drawn, findings, notes
 
 
-def _task_pictures(folder: RunFolder, arm: str, data: Data | None) -> dict[str, Picture]:
-    """What the task draws of the arm's first training, brought back from its checkpoints.
+def _finding(title: str, table: Table) -> Finding:
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    rows = [[_printable(row.get(name)) for name in columns] for row in table[:_MOST_LISTED]]
+    return Finding(printable(title), _printable(columns), rows, len(table) - len(rows))
+
+
+def _restored(folder: RunFolder, arm: str, data: Data | None) -> Task:
+    """The task of the arm's first training, brought back from its checkpoints.
 
     Raises:
         UserError: if the checkpoints or the data are not there any more, or do not fit.
@@ -566,13 +595,7 @@ def _task_pictures(folder: RunFolder, arm: str, data: Data | None) -> dict[str, 
             restore_stage(stage, path)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             raise UserError(f"{path} is broken or of another version of the model") from None
-    task = stage.task.eval()
-
-    def draw() -> Mapping[str, Figure]:
-        with torch.no_grad():
-            return task.figures()
-
-    return pictures(draw)
+    return stage.task.eval()
 
 
 # -- cost and trials -----------------------------------------------------------------------------------------

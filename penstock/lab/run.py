@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 import yaml
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from penstock._version import __version__
@@ -25,7 +26,7 @@ from penstock.data.base import Data, Source
 from penstock.errors import UserError
 from penstock.gates import watch
 from penstock.gates.core import GateNotFoundError
-from penstock.lab.cards import card
+from penstock.lab.cards import PLAIN_MODELS, card
 from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.cost import cost
 from penstock.lab.gatesample import gate_sample
@@ -44,12 +45,15 @@ from penstock.lab.train import (
     seed_all,
     test,
     train_stage,
+    validate,
 )
 from penstock.ops.workspace import keep_freed_memory
 from penstock.tasks.pretrained import start_from_vectors
 
 #: Batches of the test split on which gates are watched for the final statistics.
 _WATCHED_BATCHES = 20
+#: Rows of the longest table of findings that ``results.json`` holds.
+_MOST_FOUND = 100
 
 
 @dataclass
@@ -198,10 +202,12 @@ class Job:
                 "gates": self._watched(task),
                 "gate_history": [step for stage in trained for step in stage.gate_history],
                 "gate_sample": gate_sample(task, batch),
+                "findings": self._findings(task),
                 "curves": [row for stage in trained for row in stage.rows],
             }
             if main_process():
                 folder.save_model(arm, seed, model)
+                self.system.artifacts(arm, model, self.data, folder.path / "models" / arm, seed)
         if main_process():
             folder.write_json(str(path.relative_to(folder.path)), cell)
         return cell
@@ -213,7 +219,14 @@ class Job:
             start_from_vectors(model, self.data)
             return model
 
-    def _train(self, folder: RunFolder, arm: str, seed: int, model: nn.Module) -> tuple[list[Trained], float]:
+    def validated(self, folder: RunFolder, arm: str, seed: int, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
+        """Train an arm and measure it on the validation split alone."""
+        trained, _ = self._train(folder, arm, seed, self._built(arm, seed), callbacks)
+        return validate(trained[-1].task, self.options.hardware)
+
+    def _train(
+        self, folder: RunFolder, arm: str, seed: int, model: nn.Module, callbacks: Sequence[Callback] = ()
+    ) -> tuple[list[Trained], float]:
         done: list[Trained] = []
         stages = self.system.stages(arm, model, self.config, self.data)
         seconds = 0.0
@@ -235,6 +248,7 @@ class Job:
                         seed=seed,
                         hardware=self.options.hardware,
                         reporter=self.reporter,
+                        extra=callbacks,
                     )
                 )
                 if main_process():
@@ -253,6 +267,12 @@ class Job:
                     break
                 task.step(batch)
         return log.to_dict()
+
+    def _findings(self, task: Any) -> dict[str, Any]:
+        """What the gates found, but for long tables: `report.html` and `penstock ablate` have these."""
+        with torch.no_grad():
+            found = self.system.findings(task.model, self.config, self.data)
+        return {title: table for title, table in found.items() if len(table) <= _MOST_FOUND}
 
     def _trial(self, folder: RunFolder, name: str, seed: int) -> dict[str, float]:
         path = folder.path / "trials" / f"{name}.seed{seed}.json"
@@ -279,6 +299,7 @@ class Job:
                     "gates": [{"name": name} | gate for name, gate in own[0]["gates"].items()],
                     "gate_history": own[0]["gate_history"],
                     "gate_sample": own[0]["gate_sample"],
+                    "findings": own[0].get("findings", {}),
                 }
                 arms[arm]["cost"]["parameters"] = own[0]["cost"]["parameters"]
             else:
@@ -322,11 +343,11 @@ def run(
         UserError: for anything the user can mend; nothing is written then.
     """
     reporter = reporter or Reporter()
-    found = system(name)
+    found, judged = system(name), name not in PLAIN_MODELS
     if options.resume is not None:
         folder = RunFolder.open(options.resume, write=main_process())
         config, options = _resumed(found, folder, options)
-        job = Job.prepare(found, config, options, reporter)
+        job = Job.prepare(found, config, options, reporter, judged=judged)
         if folder.about["described"] != json.loads(plain_json(job.data.describe())):
             raise UserError(
                 f"{folder.path}: the data is not what it was when the run began; run it again from the start"
@@ -334,7 +355,7 @@ def run(
     else:
         if options.quick:
             config = override(config, untouched(config, found.quick))
-        job = Job.prepare(found, config, options, reporter)
+        job = Job.prepare(found, config, options, reporter, judged=judged)
         folder = _new_folder(name, options)
         if main_process():
             write_atomically(folder.path / "config.yaml", job.about())

@@ -74,6 +74,36 @@ def show_leaderboard(board: dict[str, Any], folder: Path) -> None:
     console.print(f"run folder: {folder}", soft_wrap=True)
 
 
+def show_tuning(result: dict[str, Any], folder: Path) -> None:
+    """The best trials of a search, what to type for the best, and what the test said."""
+    from penstock.lab.space import flags
+    from penstock.lab.tunepage import ranked
+
+    console = Console(highlight=False, width=None if Console().is_terminal else 190)
+    trials = ranked(result)
+    table = _table(f"{result['system']}: trials", ["trial", result["metric"], "state", "seconds", "settings"])
+    table.columns[-1].justify = "left"
+    for trial in trials[:10]:
+        settings = trial["reason"] or " ".join(flags(trial["settings"]))
+        figures = number(trial["value"]), trial["state"], number(trial["seconds"])
+        table.add_row(str(trial["number"]), *figures, Text(settings))
+    console.print(table)
+    if len(trials) > 10:
+        console.print(f"... and {len(trials) - 10} more in {folder / 'tune.json'}", soft_wrap=True)
+    for name, share in result["importances"].items():
+        console.print(f"{share:6.2f}  importance of {name}")
+    if result["best"]:
+        console.print(f"best, by validation {result['metric']} {number(result['best']['value'])}:")
+        console.print(Text(result["best"]["command"]), soft_wrap=True)
+    if result["test"]:
+        for arm, metrics in result["test"].items():
+            names = [name for name in metrics if name != "loss_spikes" and not name.endswith("_error")]
+            shown = ", ".join(f"{name} {_spread(metrics, name)}" for name in names)
+            console.print(f"test of {arm}, the only look at the test split: {shown}", soft_wrap=True)
+        console.print(f"run folder of the best: {result['best_run']}", soft_wrap=True)
+    console.print(f"report: {folder / 'tune.html'}", soft_wrap=True)
+
+
 def _table(title: str, columns: list[str]) -> RichTable:
     table = RichTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Self
 
 import yaml
 from safetensors.torch import save as safetensors_bytes
@@ -58,11 +58,14 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 class RunFolder:
     """The files of one run; see `create` and `open`."""
 
+    #: The file that says what the folder is.
+    ABOUT: ClassVar[str] = "config.yaml"
+
     path: Path
     _lock: IO[bytes] | None = None
 
     @classmethod
-    def create(cls, name: str, out: Path | None) -> RunFolder:
+    def create(cls, name: str, out: Path | None) -> Self:
         """A new folder: ``out`` itself, else ``runs/<name>-<time>``; locked for this process.
 
         Raises:
@@ -72,7 +75,7 @@ class RunFolder:
             if out.exists() and not out.is_dir():
                 raise UserError(f"--out {out}: is a file; give a folder")
             if out.is_dir() and any(out.iterdir()):
-                hint = f"go on with --resume {out}, or " if (out / "config.yaml").exists() else ""
+                hint = f"go on with --resume {out}, or " if (out / cls.ABOUT).exists() else ""
                 raise UserError(f"--out {out}: the folder is not empty; {hint}give another --out")
             out.mkdir(parents=True, exist_ok=True)
             return cls(out)._locked()
@@ -87,7 +90,7 @@ class RunFolder:
         raise UserError(f"{base}: cannot find a free folder name")
 
     @classmethod
-    def open(cls, path: Path, *, write: bool = False) -> RunFolder:
+    def open(cls, path: Path, *, write: bool = False) -> Self:
         """A run that exists.
 
         Args:
@@ -97,8 +100,8 @@ class RunFolder:
         Raises:
             UserError: if it is no run folder, is of another version, or another process has it.
         """
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"{path}: is not a run folder (it has no config.yaml)")
+        if not (path / cls.ABOUT).is_file():
+            raise UserError(f"{path}: is not a run folder (it has no {cls.ABOUT})")
         folder = cls(path)
         about = folder.about
         if about.get("format") != FORMAT or _minor(about.get("version")) != _minor(__version__):
@@ -108,7 +111,7 @@ class RunFolder:
             )
         return folder._locked() if write else folder
 
-    def _locked(self) -> RunFolder:
+    def _locked(self) -> Self:
         self._lock = (self.path / ".lock").open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,13 +136,13 @@ class RunFolder:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What ``config.yaml`` says."""
+        """What `ABOUT` says."""
         try:
-            about = yaml.safe_load((self.path / "config.yaml").read_text())
+            about = yaml.safe_load((self.path / self.ABOUT).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path / 'config.yaml'}: not readable ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{self.path / self.ABOUT}: not readable ({str(error).splitlines()[0]})") from None
         if not isinstance(about, dict) or "system" not in about:
-            raise UserError(f"{self.path / 'config.yaml'}: does not describe a run")
+            raise UserError(f"{self.path / self.ABOUT}: does not describe a run")
         return about
 
     def write_json(self, name: str, value: Any) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 
 from penstock.data.base import Data, Source
+from penstock.gates import Table
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Choice
 from penstock.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -60,6 +63,8 @@ class System(ABC, Generic[C]):
         threads: CPU threads that serve it best; 0 takes all. A miniature is too small for a second one to help.
         size_field: the whole number in ``Config`` (dotted) that `penstock compare` may change to give its systems the
             same number of parameters, as "mlp_hidden".
+        space: what `penstock tune` searches beside the learning rate, weight decay and batch size, by dotted field name.
+        shared: the settings of the data (first part of their name), which no search may change: all trials share it.
     """
 
     name: ClassVar[str]
@@ -70,6 +75,8 @@ class System(ABC, Generic[C]):
     presets: ClassVar[Mapping[str, Any]] = {}
     threads: ClassVar[int] = 0
     size_field: ClassVar[str] = ""
+    space: ClassVar[Mapping[str, Choice]] = {}
+    shared: ClassVar[tuple[str, ...]] = ("data", "table")
 
     def task_for(self, spec: Mapping[str, Any]) -> type[Task]:
         """The task its arms are trained by on data of this ``spec``."""
@@ -106,6 +113,19 @@ class System(ABC, Generic[C]):
     def measure(self, arm: str, task: Task, config: C, data: Data, seed: int) -> dict[str, float]:
         """Further numbers of a trained arm (interventions, sinks), added to its test metrics."""
         return {}
+
+    def findings(self, model: nn.Module, config: C, data: Data) -> dict[str, Table]:
+        """What the gates of a trained arm found, for people: tables by title, with names from the data.
+
+        Args:
+            model: the arm, in evaluation mode.
+            config: of the run.
+            data: of the run; statistics are of its first test batches.
+        """
+        return {}
+
+    def artifacts(self, arm: str, model: nn.Module, data: Data, folder: Path, seed: int) -> None:
+        """Write further files of a trained arm into its ``models/<arm>`` folder, each whole or not at all."""
 
     @abstractmethod
     def claims(self, config: C, results: Results) -> dict[str, Effect | list[Effect]]:

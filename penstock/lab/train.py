@@ -8,7 +8,7 @@ import random
 import time
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +229,8 @@ class Show(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shown = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        self.reporter.milestone(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+        figures = (f"{k} {v:.4f}" for k, v in shown.items() if not k.endswith("_error"))
+        self.reporter.milestone(f"step {trainer.global_step}: {', '.join(figures)}")
 
 
 @dataclass
@@ -263,8 +264,11 @@ def train_stage(
     seed: int,
     hardware: Hardware,
     reporter: Reporter,
+    extra: Sequence[Callback] = (),
 ) -> Trained:
     """Train one stage, going on from the checkpoint at ``path`` if there is one; without a path none is written.
+
+    ``extra`` callbacks come last.
 
     Raises:
         NonFiniteError: if the loss is NaN or infinite.
@@ -285,6 +289,7 @@ def train_stage(
     if train.patience:
         name, mode = task.monitor
         callbacks.append(EarlyStopping(f"val/{name}", patience=train.patience, mode=mode, check_finite=False))
+    callbacks += extra
     trainer = make_trainer(
         hardware,
         max_steps=train.steps or -1,
@@ -361,6 +366,14 @@ def test(task: Task, hardware: Hardware, *, reporter: Reporter, title: str) -> d
     with reporter.bar(title, len(batches), announce=False):
         (metrics,) = trainer.test(task, batches, verbose=False)
     return {name.removeprefix("test/"): value for name, value in metrics.items()}
+
+
+def validate(task: Task, hardware: Hardware) -> dict[str, float]:
+    """The validation metrics of a trained task, on as many batches as while it was trained."""
+    train = task.train_config
+    trainer = make_trainer(hardware, logger=False, limit_val_batches=train.validate_batches or 1.0)
+    (metrics,) = trainer.validate(task, task.data.validation(train.batch_size), verbose=False)
+    return {name.removeprefix("val/"): value for name, value in metrics.items()}
 
 
 def make_trainer(hardware: Hardware, **options: Any) -> L.Trainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,8 +15,9 @@ from penstock.data.base import Data, Source
 from penstock.data.clicks import ClickLog, ClickLogConfig
 from penstock.data.schema import Schema
 from penstock.data.tables import TableConfig, TableData, read_table
-from penstock.gates import force
+from penstock.gates import Table, force
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice, OneOf, Range
 from penstock.lab.system import Stage, System, Trial
 from penstock.nn.fuxictr import add_regularization, parse_regularizer
 from penstock.systems.recommendation.autoint import crosses
@@ -26,15 +28,18 @@ from penstock.systems.recommendation.autoint.model import (
     Dialect,
     FieldAttention,
     attention_maps,
+    attention_report,
 )
 from penstock.tasks.base import Task, Training
-from penstock.tasks.click_prediction import ClickPrediction, ClickTraining
+from penstock.tasks.click_prediction import ClickPrediction, ClickTraining, model_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Rows on which attention is averaged for the report, and rows on which additivity is checked.
 _MAP_BATCHES, _ADDITIVITY_ROWS = 10, 500
+#: The most fields whose attention maps stand beside each other.
+_FEW = 12
 
 
 def _training(**changes: Any) -> ClickTraining:
@@ -228,6 +233,15 @@ class AutoIntSystem(System[AutoIntConfig]):
     presets = PUBLISHED
     size_field = "dim"
     quick: ClassVar[Mapping[str, Any]] = {"data.validation_rows": 2000, "data.test_rows": 4000, "train.epochs": 6}
+    space: ClassVar[Mapping[str, Choice]] = {
+        "dim": Around(2),
+        "attention_dims": Around(2),
+        "num_heads": OneOf((1, 2, 4)),
+        "layer_norm": OneOf((False, True)),
+        "dnn_hidden_units": Around(2),
+        "dropout": Range(0.0, 0.5),
+        "embedding_regularizer": OneOf((0.0, 1e-6, 1e-5, 1e-4, 1e-3)),
+    }
 
     def load_data(self, config: AutoIntConfig, source: Source) -> Data:
         if source.data is not None:
@@ -326,6 +340,14 @@ class AutoIntSystem(System[AutoIntConfig]):
         )
     }
 
+    def findings(self, model: nn.Module, config: AutoIntConfig, data: Data) -> dict[str, Table]:
+        if not _has_attention(model):
+            return {}
+        assert isinstance(data, TableData)
+        batches = _test_inputs(model, data, config.train.batch_size, _MAP_BATCHES)
+        names = [f.name for f in data.schema.fields]
+        return {"Fields that read each other most (first layer)": attention_report(model, batches, names, shown=20)}
+
     def claims(self, config: AutoIntConfig, results: Results) -> dict[str, Effect | list[Effect]]:
         products = partial(results.trial, "products")
         if learned := products("learned_auc"):
@@ -374,10 +396,14 @@ def _has_attention(model: nn.Module) -> bool:
 
 
 def _inputs(task: Task, batches: int) -> Iterator[tuple[Tensor, ...]]:
+    return _test_inputs(task.model, task.data, task.train_config.batch_size, batches)
+
+
+def _test_inputs(model: nn.Module, data: Data, batch_size: int, batches: int) -> Iterator[tuple[Tensor, ...]]:
     """The model's inputs for the first batches of the test split."""
-    device = next(task.model.parameters()).device
-    for _, batch in zip(range(batches), task.data.test(task.train_config.batch_size), strict=False):
-        yield tuple(x.to(device) for x in task.inputs(batch))
+    device = next(model.parameters()).device
+    for batch in islice(data.test(batch_size), batches):
+        yield tuple(x.to(device) for x in model_inputs(batch))
 
 
 @torch.no_grad()
@@ -404,10 +430,12 @@ def attention_figure(maps: Mapping[str, Tensor], names: Sequence[str]) -> Figure
     """A map a layer, mean over heads: how much of each field (column) every field (row) reads."""
     from matplotlib.figure import Figure
 
-    size = 1.5 + 0.28 * len(names)
-    figure = Figure(figsize=(size * len(maps), size), layout="constrained")
-    for axes, (name, map_HMM) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        image = axes.imshow(map_HMM.mean(0), vmin=0, cmap="Blues")
+    size = 1.5 + (0.28 if len(names) <= _FEW else 0.2) * len(names)
+    # Large maps stand below each other, so that their names can still be read.
+    shape = (1, len(maps)) if len(names) <= _FEW else (len(maps), 1)
+    figure = Figure(figsize=(size * shape[1], size * shape[0]), layout="constrained")
+    for axes, (name, map_HMM) in zip(figure.subplots(*shape, squeeze=False).flat, maps.items(), strict=True):
+        image = axes.imshow(map_HMM.mean(0), vmin=0)
         places = range(len(names))
         axes.set(xticks=places, yticks=places, title=name.removesuffix(".gate"), xlabel="read", ylabel="reading")
         axes.set_xticklabels(names, rotation=90, fontsize=7)

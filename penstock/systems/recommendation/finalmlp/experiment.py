@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -17,10 +18,11 @@ from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.errors import UserError
 from penstock.gates import Table, force, watch
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice, OneOf, Range
 from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.finalmlp.model import DualMLP, FinalMLP
 from penstock.systems.recommendation.finalmlp.products import ProductLog, ProductLogConfig
-from penstock.tasks.base import Task
+from penstock.tasks.base import Task, Training
 from penstock.tasks.click_prediction import ClickPrediction, ClickTraining, model_inputs
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 #: After an epoch without a better score the learning rate falls by this factor, down to the floor (FuxiCTR).
 _PLATEAU, _FLOOR, _MIN_DELTA = 0.1, 1e-6, 1e-6
+#: Test rows on which gates are read for people, and columns of a context that get a table of their own.
+_READ_ROWS, _MOST_CONTEXTS = 200_000, 3
 
 
 def _training(**changes: Any) -> ClickTraining:
@@ -200,8 +204,13 @@ class FinalMLPTask(ClickPrediction):
     def figures(self) -> dict[str, Figure]:
         figures = super().figures()
         if isinstance(self.model, FinalMLP) and self.model.gate_1 is not None and isinstance(self.data, TableData):
-            batches = self.data.test(self.train_config.batch_size)
-            figures["Mean gate, by field"] = gate_figure(gate_report(self.model, batches, self.data.schema))
+            schema, train = self.data.schema, self.train_config
+            figures["Mean gate, by field"] = gate_figure(
+                gate_report(self.model, _read_batches(self.data, train), schema)
+            )
+            for by in context_columns(self.model, schema):
+                report = gate_report(self.model, _read_batches(self.data, train), schema, by=by)
+                figures[f"Mean gate, by field and value of {by}"] = value_figure(report, by)
         return figures
 
 
@@ -227,6 +236,15 @@ class FinalMLPSystem(System[FinalMLPConfig]):
         "data.validation_rows": 2000,
         "data.test_rows": 4000,
         "train.epochs": 6,
+    }
+    space: ClassVar[Mapping[str, Choice]] = {
+        "dim": Around(2),
+        "stream_1.hidden": Around(2),
+        "stream_2.hidden": Around(2),
+        "stream_1.dropout": Range(0.0, 0.5),
+        "stream_2.dropout": Range(0.0, 0.5),
+        "num_heads": OneOf((1, 2, 4, 8)),
+        "embedding_regularizer": OneOf(("0", "1e-6", "1e-5", "1e-4", "1e-3")),
     }
 
     def load_data(self, config: FinalMLPConfig, source: Source) -> Data:
@@ -263,6 +281,16 @@ class FinalMLPSystem(System[FinalMLPConfig]):
         if isinstance(data, ProductLog) and (margin := field_margin(task, data)) is not None:
             measured["field_margin"] = margin
         return measured
+
+    def findings(self, model: nn.Module, config: FinalMLPConfig, data: Data) -> dict[str, Table]:
+        if not isinstance(model, FinalMLP) or model.gate_1 is None:
+            return {}
+        assert isinstance(data, TableData)
+        found = {"Gate openness by field": gate_report(model, _read_batches(data, config.train), data.schema)}
+        for by in context_columns(model, data.schema):
+            report = gate_report(model, _read_batches(data, config.train), data.schema, by=by)
+            found[f"Gate openness by value of {by}"] = shift_report(report, by)
+        return found
 
     def claims(self, config: FinalMLPConfig, results: Results) -> dict[str, Effect | list[Effect]]:
         judged: dict[str, Effect | list[Effect]] = {}
@@ -472,7 +500,7 @@ def gate_report(
     Returns:
         a printable table. One row a field, the most favoured first: the mean gate over rows, embedding and both streams,
         that of each stream, and how much the gate varies between rows (standard deviation). With ``by``, one row a
-        value: how many rows have it, and each field's mean gate on them.
+        value: its name under "value of <by>", how many rows have it, and each field's mean gate on them.
 
     Raises:
         ValueError: if the model has no gates, or ``by`` is no column with ids.
@@ -514,12 +542,52 @@ def _by_value(model: FinalMLP, batches: Iterable[TableBatch], schema: Schema, by
         total.index_add_(0, value_B, mean_BM)
         count.index_add_(0, value_B, torch.ones(len(value_B)))
     frequent = count.argsort(descending=True, stable=True)[:shown]
+    # The column itself is among the fields: the names of its values need a key of their own.
     return Table(
-        {by: one.value(value), "rows": int(count[value])}
+        {f"value of {by}": one.value(value), "rows": int(count[value])}
         | {f.name: float(total[value, m] / count[value]) for m, f in enumerate(schema.fields)}
         for value in frequent.tolist()
         if count[value]
     )
+
+
+def _read_batches(data: TableData, train: Training) -> Iterator[TableBatch]:
+    """The test rows that reports look at."""
+    return islice(data.test(train.batch_size), max(_READ_ROWS // train.batch_size, 1))
+
+
+def context_columns(model: FinalMLP, schema: Schema) -> list[str]:
+    """The columns with ids that drive a gate, at most three."""
+    contexts = [gate.context for gate in (model.gate_1, model.gate_2) if gate is not None and gate.context is not None]
+    places = dict.fromkeys(place for context in contexts for place in context.places)
+    return [schema.fields[place].name for place in places if schema.fields[place].part == "ids"][:_MOST_CONTEXTS]
+
+
+def shift_report(report: Table, by: str, *, shown: int = 4) -> Table:
+    """A `gate_report` by value in few columns: for each value, the fields whose mean gate it moves most.
+
+    Args:
+        report: one row a value, a column a field.
+        by: the column of the values.
+        shown: fields to name, of those opened and of those closed.
+
+    Returns:
+        a printable table: the value, how many rows have it, the mean gate, and which fields it opens and closes against
+        their mean over all rows of the report.
+    """
+    total = sum(row["rows"] for row in report) or 1
+    fields = list(report[0])[2:] if report else []
+    usual = {name: sum(row["rows"] * row[name] for row in report) / total for name in fields}
+    rows = Table()
+    for row in report:
+        moved = sorted(fields, key=lambda name: row[name] - usual[name])
+        opened = [name for name in reversed(moved) if row[name] > usual[name]][:shown]
+        closed = [name for name in moved if row[name] < usual[name]][:shown]
+        said = [", ".join(f"{name} {row[name] - usual[name]:+.2g}" for name in names) for names in (opened, closed)]
+        mean = statistics.fmean(row[name] for name in fields)
+        named = {by: row[f"value of {by}"], "rows": row["rows"], "mean gate": mean}
+        rows.append(named | {"opens": said[0] or "-", "closes": said[1] or "-"})
+    return rows
 
 
 def _apply(model: FinalMLP, batches: Iterable[TableBatch]) -> None:
@@ -542,6 +610,21 @@ def gate_figure(report: Table) -> Figure:
     axes.set(xlim=(0, 2), xlabel="mean gate")
     axes.invert_yaxis()
     axes.legend()
+    return figure
+
+
+def value_figure(report: Table, by: str) -> Figure:
+    """The mean gates of a `gate_report` by field (column) and by value (row); one leaves a field as it is."""
+    from matplotlib.figure import Figure
+
+    fields = list(report[0])[2:]
+    figure = Figure(figsize=(2.6 + 0.24 * len(fields), 1.6 + 0.24 * len(report)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow([[row[name] for name in fields] for row in report], aspect="auto")
+    axes.set_xticks(range(len(fields)), fields, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(report)), [f"{row[f'value of {by}']} ({row['rows']:,})" for row in report], fontsize=7)
+    axes.set(ylabel=f"{by} (rows)")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="mean gate")
     return figure
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
+import polars as pl
+import torch
 from torch import nn
 
 from penstock.data.base import Data, Source
@@ -15,8 +17,18 @@ from penstock.data.schema import Schema
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.gates import Table
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice, Range
+from penstock.lab.store import open_run
 from penstock.lab.system import Stage, System
-from penstock.systems.recommendation.optfs.model import Backbone, OptFSModel
+from penstock.nn.checkpoints import load_strict, read_state
+from penstock.systems.recommendation.optfs.model import Backbone, Compacted, OptFSModel
+from penstock.systems.recommendation.optfs.reading import (
+    compact_files,
+    field_figure,
+    field_report,
+    findings,
+    write_compact,
+)
 from penstock.tasks.base import Task
 from penstock.tasks.click_prediction import ClickPrediction, ClickRetrain, ClickSearch, ClickTraining
 from penstock.tasks.search import Search
@@ -122,6 +134,12 @@ class OptFS(System[OptFSConfig]):
     task = ClickPrediction
     presets = PUBLISHED
     quick: ClassVar[Mapping[str, Any]] = {"data.validation_rows": 2000, "data.test_rows": 4000, "train.epochs": 6}
+    space: ClassVar[Mapping[str, Choice]] = {
+        "penalty": Around(30, start=0.1),
+        "dim": Around(2),
+        "mlp_dims": Around(2),
+        "dropout": Range(0.0, 0.5),
+    }
 
     def load_data(self, config: OptFSConfig, source: Source) -> Data:
         return ClickLog(config.data) if source.data is None else read_table(config.table, source)
@@ -167,6 +185,17 @@ class OptFS(System[OptFSConfig]):
             measured["kept_noise"] = float(kept[data.truth.noise].mean())
         return measured
 
+    def findings(self, model: nn.Module, config: OptFSConfig, data: Data) -> dict[str, Table]:
+        assert isinstance(model, OptFSModel)
+        assert isinstance(data, TableData)
+        return findings(model, data) if model.embedding.gate is not None else {}
+
+    def artifacts(self, arm: str, model: nn.Module, data: Data, folder: Path, seed: int) -> None:
+        """The compacted model and its map of ids; `load_compacted` reads them."""
+        assert isinstance(model, OptFSModel)
+        if model.embedding.gate is not None:
+            write_compact(model, Schema.from_dict(data.spec["schema"]), folder, seed)
+
     def claims(self, config: OptFSConfig, results: Results) -> dict[str, Effect | list[Effect]]:
         arms = {cell["arm"] for cell in results.cells}
         truth_is_known = any("kept_noise" in cell["metrics"] for cell in results.cells)
@@ -187,11 +216,11 @@ class OptFS(System[OptFSConfig]):
         return judged
 
 
-def build(config: OptFSConfig, spec: Mapping[str, Any], *, gated: bool) -> OptFSModel:
-    """The configured model for a table's ``spec``."""
+def build(config: OptFSConfig, spec: Mapping[str, Any], *, gated: bool, num_ids: int = 0) -> OptFSModel:
+    """The configured model for a table's ``spec``, with rows for all its values or for ``num_ids``."""
     schema = Schema.from_dict(spec["schema"])
     return OptFSModel(
-        schema.num_ids,
+        num_ids or schema.num_ids,
         len(schema.fields),
         backbone=config.backbone,
         dim=config.dim,
@@ -215,39 +244,27 @@ def penalty_weight(config: OptFSConfig, data: Data) -> float:
     return weight if config.reg == "mean" else weight / int(data.spec["num_ids"])
 
 
-def field_report(model: OptFSModel, schema: Schema, *, shown: int = 8) -> Table:
-    """What the search dropped, by field.
+def load_compacted(folder: Path, *, seed: int = 0) -> Compacted:
+    """The compacted model of a run and the new id of every old one.
 
     Args:
-        model: a gated model.
-        schema: of the table it was trained on.
-        shown: how many dropped values to name.
+        folder: ``models/<arm>`` of a run.
+        seed: of which training.
 
     Returns:
-        a printable table with one row a field: its values, how many are kept, and the names of dropped ones.
+        the model, which reads ``new_ids[ids]`` where the run's own reads ``ids``, and ``new_ids``.
+
+    Raises:
+        UserError: if the folder has no compacted model.
     """
-    kept = model.gate.kept().cpu().numpy()
-    rows = Table()
-    for one in schema.fields:
-        own = kept[one.offset : one.offset + one.size]
-        dropped = [one.value(place) for place in np.flatnonzero(~own).tolist()]
-        names = ", ".join(dropped[:shown]) + (f", ... {len(dropped) - shown} more" if len(dropped) > shown else "")
-        rows.append({"field": one.name, "values": one.size, "kept": int(own.sum()), "dropped": names or "-"})
-    return rows
-
-
-def field_figure(report: Table) -> Figure:
-    """The share of values kept in each field of a `field_report`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 0.8 + 0.3 * len(report)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([row["field"] for row in report], [row["kept"] / row["values"] for row in report])
-    for place, row in enumerate(report):
-        axes.text(1.01, place, f"{row['kept']} of {row['values']}", va="center", fontsize=8)
-    axes.set(xlim=(0, 1), xlabel="share of values kept")
-    axes.invert_yaxis()
-    return figure
+    run = open_run(folder.parent.parent)
+    weights, id_map = (folder / name for name in compact_files(seed))
+    state = read_state(weights)
+    rows = len(state["embedding.table.weight"])
+    small = build(run.config, run.spec, gated=True, num_ids=rows)
+    load_strict(small, state, source=str(weights))
+    new_ids = torch.from_numpy(pl.read_parquet(id_map)["new_id"].fill_null(rows - 1).to_numpy().copy())
+    return Compacted(small.eval(), new_ids)
 
 
 SYSTEM = OptFS()

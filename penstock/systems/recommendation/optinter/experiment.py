@@ -14,7 +14,9 @@ from penstock.data.clicks import ClickLogConfig
 from penstock.data.schema import Schema, TableBatch
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.errors import UserError
+from penstock.gates import Table
 from penstock.lab.results import Effect, Results
+from penstock.lab.space import Around, Choice
 from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.optinter.crossed import (
     CrossConfig,
@@ -31,7 +33,7 @@ from penstock.systems.recommendation.optinter.model import (
     Method,
     OptInterModel,
 )
-from penstock.systems.recommendation.optinter.reading import methods_figure, size_figure
+from penstock.systems.recommendation.optinter.reading import choice_report, methods_figure, pair_report, size_figure
 from penstock.tasks.base import Task, Training
 from penstock.tasks.click_prediction import ClickPrediction, ClickTraining
 from penstock.tasks.pretrained import start_from_vectors
@@ -235,6 +237,14 @@ class OptInter(System[OptInterConfig]):
         "train.epochs": 5,
         "search.epochs": 4,
     }
+    space: ClassVar[Mapping[str, Choice]] = {
+        "dim": Around(2),
+        "pair_dim": Around(2),
+        "mlp_dims": Around(2),
+        "search.lr": Around(5),
+        "search.gate_lr": Around(5),
+    }
+    shared = ("data", "table", "crosses", "table_scale")
 
     def load_data(self, config: OptInterConfig, source: Source) -> Data:
         table: TableData
@@ -300,6 +310,13 @@ class OptInter(System[OptInterConfig]):
             measured["table_pair_margin"] = float(model.gate.margin()[table])
             measured["product_pair_factorised"] = float(choice[product] == FACTORISE)
         return measured
+
+    def findings(self, model: nn.Module, config: OptInterConfig, data: Data) -> dict[str, Table]:
+        assert isinstance(model, OptInterModel)
+        if model.net.gate is None:
+            return {}
+        report = pair_report(model, Schema.from_dict(data.spec["schema"]))
+        return {"Pairs by choice": choice_report(report), "How each pair is modelled": report}
 
     def claims(self, config: OptInterConfig, results: Results) -> dict[str, Effect | list[Effect]]:
         arms = {cell["arm"] for cell in results.cells}

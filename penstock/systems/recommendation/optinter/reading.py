@@ -17,6 +17,8 @@ from penstock.systems.recommendation.optinter.model import METHODS, OptInterMode
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: The most fields whose pairs have their margins written into the heat map.
+_MOST_NUMBERED = 16
 #: As a person reads them.
 _WORDS = ("memorised", "factorised", "ignored")
 
@@ -39,6 +41,21 @@ def pair_report(model: OptInterModel, schema: Schema) -> Table:
         for p, ((i, j), count) in enumerate(zip(model.crosses.pairs, model.crosses.rows, strict=True))
     ]
     return Table(sorted(rows, key=lambda row: (_WORDS.index(row["method"]), -row["margin"])))
+
+
+def choice_report(report: Table, *, shown: int = 6) -> Table:
+    """How many pairs of a `pair_report` are memorised, factorised and ignored, and the surest of each by name."""
+    rows = Table()
+    for method in _WORDS:
+        own = [row for row in report if row["method"] == method]
+        names = [f"{row['first']} x {row['second']}" for row in own]
+        more = [f"... {len(names) - shown} more"] if len(names) > shown else []
+        crosses = sum(row["rows"] for row in own)
+        rows.append(
+            {"choice": method, "pairs": len(own), "rows of crosses": crosses}
+            | {"surest first": ", ".join(names[:shown] + more) or "-"}
+        )
+    return rows
 
 
 def chosen_crosses(model: OptInterModel, schema: Schema) -> pl.DataFrame:
@@ -84,17 +101,21 @@ def methods_figure(model: OptInterModel, fields: Sequence[str]) -> Figure:
         model.crosses.pairs, model.gate.choice().tolist(), model.gate.margin().tolist(), strict=True
     ):
         method[j, i], margin[j, i] = chosen, gap
-    side = 2.2 + 0.42 * count
+    # Numbers fit into the cells of few fields; of many, colours and names are what can be read.
+    named = count <= _MOST_NUMBERED
+    side = 2.2 + (0.42 if named else 0.22) * count
     figure = Figure(figsize=(side + 1.4, side), layout="constrained")
     axes = figure.subplots()
     colours = [colormaps["viridis"](shade) for shade in (0.85, 0.5, 0.1)]
     axes.imshow(np.ma.masked_invalid(method[1:, :-1]), cmap=ListedColormap(colours), vmin=-0.5, vmax=2.5)
-    for j, i in zip(*np.nonzero(~np.isnan(margin)), strict=True):
+    for j, i in zip(*np.nonzero(~np.isnan(margin)), strict=True) if named else ():
         shade = "black" if method[j, i] == 0 else "white"
         axes.text(i, j - 1, f"{margin[j, i]:.2f}", ha="center", va="center", fontsize=7, color=shade)
-    axes.set_xticks(range(count - 1), fields[:-1], rotation=45, ha="right")
+    turned = {"rotation": 45, "ha": "right"} if named else {"rotation": 90}
+    axes.set_xticks(range(count - 1), fields[:-1], **turned)
     axes.set_yticks(range(count - 1), fields[1:])
-    axes.set_title("number: margin of alpha", fontsize=9)
+    if named:
+        axes.set_title("number: margin of alpha", fontsize=9)
     for spine in axes.spines.values():
         spine.set_visible(False)
     shown = [Patch(color=colour, label=word) for colour, word in zip(colours, _WORDS, strict=True)]

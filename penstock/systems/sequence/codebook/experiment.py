@@ -170,6 +170,7 @@ class CodebookSystem(System[CodebookConfig]):
 
     name = "codebook"
     Config = CodebookConfig
+    shared = ("data", "table", "fsm")
     task = CodebookModelling
     threads = 1
     size_field = "mlp_hidden"

@@ -133,6 +133,7 @@ class ZoologySystem(System[ZoologyConfig]):
 
     name = "zoology"
     Config = ZoologyConfig
+    shared = ("data", "table", "recall")
     task = AssociativeRecall
     threads = 1
     size_field = "mlp_hidden"

@@ -77,6 +77,7 @@ class ConViTSystem(System[ConViTConfig]):
     name = "convit"
     threads = 1
     Config = ConViTConfig
+    shared = ("data", "table", "digits")
     task = HeadPictures
     quick: ClassVar[Mapping[str, Any]] = {"train.steps": 60}
 
