@@ -38,7 +38,7 @@ FEATURES: list[dict[str, dict[str, Any]]] = [
 def folder(tmp_path: Path, *, features: object = FEATURES, parts: bool = False) -> Path:
     """As FuxiCTR 2.3 leaves it: padding in front, ids from 1, the unseen word last."""
     path = tmp_path / "tiny_x1"
-    path.mkdir()
+    path.mkdir(parents=True)
     content = {"dataset_id": "tiny_x1", "num_fields": 4, "labels": ["click"], "features": features}
     (path / "feature_map.json").write_text(json.dumps(content))
     cities = {"__PAD__": 0, "Oslo": 1, "Rome": 2, "Lima": 3, "__OOV__": 4}
@@ -128,7 +128,16 @@ def test_what_cannot_be_taken_over(tmp_path: Path) -> None:
     assert len(read(path, test=path / "valid.parquet").splits["test"].label) == 100
 
 
+@pytest.mark.parametrize("settings", [{"columns": "a.yaml"}, {"split": "time", "time_column": "t"}])
+def test_settings_without_effect_are_refused(tmp_path: Path, settings: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"is encoded and split already; \w+ has no effect on it"):
+        read(folder(tmp_path), **settings)
+
+
 def test_an_old_map_is_refused(tmp_path: Path) -> None:
+    features = [{"city": {"type": "categorical", "source": ""}}]
+    with pytest.raises(UserError, match="city: has no vocab_size; FuxiCTR before"):
+        read(folder(tmp_path / "a", features=features))
     with pytest.raises(UserError, match="has no list of features; FuxiCTR before"):
         read(folder(tmp_path, features={"city": {}}))
 

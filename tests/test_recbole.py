@@ -113,6 +113,16 @@ def test_files_that_cannot_be_joined(tmp_path: Path, name: str, text: str, messa
     assert "\n" not in str(raised.value)
 
 
+def test_rows_without_a_key_are_joined_to_nothing(tmp_path: Path) -> None:
+    folder = atomic(tmp_path)
+    with (folder / "ml.user").open("a") as file:
+        file.write("\t5\tc\n\t6\td\n")
+    with (folder / "ml.inter").open("a") as file:
+        file.write("\t3\t5\t1\n")
+    last = list(open_table(folder).chunks())[-1].frame.tail(1)
+    assert last.select("user_id", "age", "job", "genre").row(0) == (None, None, None, "Drama War")
+
+
 def test_users_alone_are_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no interactions; give .*ml\.inter"):
         read(atomic(tmp_path) / "ml.user")

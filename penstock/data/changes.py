@@ -33,10 +33,10 @@ def _change(one: Field, column: pl.Series) -> str:
     lists = isinstance(column.dtype, pl.List)
     if one.kind == "sequence":
         text = pl.Series(dtype=pl.String) if lists else present.cast(pl.String)
-        if text.str.contains(one.separator, literal=True).any():
+        odd = text.filter(text.str.contains(r"[\^|]"))
+        if text.str.contains(one.separator, literal=True).any() or not len(odd):
             return ""
-        other = next((s for s in "^|" if text.str.contains(s, literal=True).any()), "")
-        return f"holds {text[0]!r}, where the training table divides by {one.separator!r}" if other else ""
+        return f"holds {odd[0]!r}, where the training table divides by {one.separator!r}"
     if lists:
         had = "numbers" if one.kind == "numeric" else "one value a row"
         return f"holds lists, where the training table has {had}"

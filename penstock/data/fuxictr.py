@@ -58,7 +58,8 @@ def read_map(folder: Path, asked: str | None, group: str, *, several: bool) -> t
     """
     path = folder / _MAP
     content = _json(path)
-    if not isinstance(listed := content.get("features"), list):
+    listed = content.get("features")
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise UserError(f"{path}: has no list of features; {_OLD}")
     features: dict[str, Mapping[str, Any]] = {name: spec for one in listed for name, spec in one.items()}
     vocabulary = _json(folder / _VOCABULARY) if (folder / _VOCABULARY).exists() else {}
@@ -74,7 +75,8 @@ def read_map(folder: Path, asked: str | None, group: str, *, several: bool) -> t
                 raise UserError(f"{path}, {name}: shares the embedding of {owner!r}, which is no feature")
             if "pretrained_emb" in spec:
                 notes.append(f"{name}: its pre-trained vectors are left out")
-            size = int(features[owner or name]["vocab_size"])
+            if not isinstance(size := features[owner or name].get("vocab_size"), int):
+                raise UserError(f"{path}, {owner or name}: has no vocab_size; {_OLD}")
             words = _words(size, vocabulary.get(owner or name, {}))
             fields.append(
                 Field(name, kind, words=words, max_length=int(spec.get("max_len", 0)), encoded=size, share=owner)

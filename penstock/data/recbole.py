@@ -75,6 +75,8 @@ class AtomicFiles(RawTable):
                 if settings["kind"] == "numeric":
                     chunk.numbers(name)  # here, while the row is known
             for place, word in enumerate(chunk.frame[key]):
+                if word is None:
+                    continue
                 if word in rows:
                     raise chunk.error(place, key, f"{word!r} has a row already, row {rows[word]}; one is enough")
                 rows[word] = chunk.start + place

@@ -256,6 +256,9 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
 
 def _read_encoded(path: Path, config: TableConfig, source: Source, *, several: bool) -> TableData:
     """A table that FuxiCTR has encoded and split."""
+    for name in ("columns", "split_column", "time_column", "user_column", "label_threshold"):
+        if getattr(config, name):
+            raise UserError(f"{path}: is encoded and split already; {name} has no effect on it")
     schema, notes = read_map(path, source.label, config.group_column, several=several)
     tables = read_splits(path, source.test)
     columns = [f.name for f in schema.fields] + [x.name for x in schema.labels] + [schema.group] * (schema.group != "")
