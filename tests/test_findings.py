@@ -11,6 +11,7 @@ import pytest
 
 from penstock.cli import main
 from penstock.gates import Table
+from penstock.lab.config import override
 from penstock.lab.report import write_report
 from penstock.lab.run import Options, run
 from penstock.lab.store import RunFolder
@@ -24,8 +25,6 @@ LONG = Table({"field": f"<b>{place}</b>", "share": place / 1000, "{{ 1 }}": None
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from penstock.lab.config import override
-
     config = override(system("optfs").Config(), FLAGS | {"train.epochs": 1, "search.epochs": 2})
     folder, _ = run("optfs", config, Options(arms=("gated", "ungated"), out=tmp_path_factory.mktemp("run") / "optfs"))
     return folder.path

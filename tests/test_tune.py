@@ -123,6 +123,7 @@ def test_a_search_goes_on_in_its_folder(tuned: Tuned, tmp_path: Path, capsys: py
     third = tuned(*FM, "--trials", "4", "--out", out)
     assert third["trials"][:3] == second["trials"]
     assert len({json.dumps(trial["settings"]) for trial in third["trials"]}) == 4, "nothing is drawn twice"
+    assert tuned("tune", "fm", "--resume", out, "--search-only", "--json")["trials"] == third["trials"]
     assert main([*FM, "--dim", "5", "--out", out]) == 2
     assert "holds a search with other configuration" in capsys.readouterr().err
     assert main(["tune", "dnn", "--resume", out]) == 2

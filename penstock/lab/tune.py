@@ -33,6 +33,7 @@ from penstock.errors import UserError
 from penstock.lab.config import from_dict, override, to_dict, untouched
 from penstock.lab.jsontext import plain_json
 from penstock.lab.progress import Reporter
+from penstock.lab.report import write_report
 from penstock.lab.run import Job, Options, command, environment, threads
 from penstock.lab.show import number
 from penstock.lab.space import (
@@ -83,8 +84,8 @@ class TuneOptions(Options):
     """Go on with the search in this folder."""
     json: bool = False
     """Print tune.json on standard output and nothing else."""
-    trials: int = 30
-    """Settings to try in all, those tried before included."""
+    trials: int | None = None
+    """Settings to try in all, those tried before included; default 30, or as many as the search to go on with had."""
     search: Path | None = None
     """A YAML file of what to search, in place of the system's own space: `train.lr: {low: 1e-4, high: 1e-2, log: true}`,
     `dim: [8, 16, 32]`."""
@@ -97,6 +98,11 @@ class TuneOptions(Options):
     """The name of the search in a shared database: every machine that gives it takes part."""
     search_only: bool = False
     """Do not train the best setting in the end."""
+
+    @property
+    def wanted(self) -> int:
+        """How many trials there shall be."""
+        return 30 if self.trials is None else self.trials
 
 
 class TuneFolder(RunFolder):
@@ -205,7 +211,7 @@ def tune(
 
 
 def _check(options: TuneOptions) -> None:
-    if options.trials < 1:
+    if options.wanted < 1:
         raise UserError(f"--trials {options.trials}: at least 1")
     if options.hardware.devices * options.hardware.num_nodes > 1:
         raise UserError(
@@ -241,6 +247,7 @@ def _about(name: str, config: Any, options: TuneOptions, space: Mapping[str, Set
         "system": name,
         "version": __version__,
         "command": command(),
+        "trials": options.wanted,
         "seeds": options.seeds,
         "quick": options.quick,
         "arms": list(options.arms),
@@ -267,7 +274,7 @@ def _folder(name: str, options: TuneOptions, about: Mapping[str, Any]) -> TuneFo
     if there is None or not (there / TuneFolder.ABOUT).is_file():
         return TuneFolder.create(f"tune-{name}", options.out)
     opened = TuneFolder.open(there, write=True)
-    may_differ = ("command", "seeds", "version")
+    may_differ = ("command", "trials", "seeds", "version")
     known = {key: value for key, value in opened.about.items() if key not in may_differ}
     if differ := [key for key, value in known.items() if json.loads(plain_json(about[key])) != value]:
         opened.release()
@@ -288,6 +295,7 @@ def _resumed(found: System[Any], options: TuneOptions) -> tuple[Any, TuneOptions
         data=source.data,
         test=source.test,
         label=source.label,
+        trials=about["trials"] if options.trials is None else options.trials,
         seeds=max(about["seeds"], options.seeds),
         quick=about["quick"],
         arms=tuple(about["arms"]),
@@ -375,8 +383,8 @@ class _Search:
         """Try settings until there are as many finished trials as asked for."""
         self._bury()
         reporter = self.job.reporter
-        with reporter.bar(f"tune {self.job.system.name}", self.options.trials):
-            while (done := len(self.finished())) < self.options.trials:
+        with reporter.bar(f"tune {self.job.system.name}", self.options.wanted):
+            while (done := len(self.finished())) < self.options.wanted:
                 reporter.advance(done, "")
                 # What a setting cannot be built or trained with is its own failure and not the search's.
                 self.study.optimize(self._try, n_trials=1, catch=(ValueError, RuntimeError), callbacks=[self._tell])
@@ -576,8 +584,6 @@ def _train_best(job: Job, config: Any, options: TuneOptions, path: Path) -> dict
     Returns:
         where it is, and the test metrics of its arms: the only look at the test split.
     """
-    from penstock.lab.report import write_report
-
     options = replace(options, arms=options.arms or tuple(job.arms), resume=None)
     best = Job.prepare(job.system, config, options, job.reporter, data=job.data, judged=False)
     place = path / "best"
