@@ -378,11 +378,17 @@ def _predict(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="a .csv, .parquet or .jsonl file (default: CSV on standard output)")
     parser.add_argument("--arm", help="which arm (default the gated one)")
     parser.add_argument("--seed", type=int, default=0, help="of which training")
+    parser.add_argument(
+        "--precision",
+        choices=("32", "bf16"),
+        default="32",
+        help="bf16: hidden layers of click models take their products in bfloat16, twice as fast where the processor can",
+    )
     asked = parser.parse_args(arguments)
     from penstock.lab.predict import predict_frames, write_frames
     from penstock.lab.progress import Reporter
 
-    frames = predict_frames(asked.run, asked.data, arm=asked.arm, seed=asked.seed)
+    frames = predict_frames(asked.run, asked.data, arm=asked.arm, seed=asked.seed, precision=asked.precision)
     with Reporter().reading():
         if asked.json:
             _print_json([row for frame in frames for row in frame.to_dicts()])

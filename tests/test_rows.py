@@ -15,7 +15,7 @@ from penstock.nn.embeddings import MLP, FieldEmbedding, RowTable
 from penstock.nn.lazy_adam import LazyAdam
 from penstock.ops import dispatch
 from penstock.ops.native import library
-from penstock.ops.rectified_linear import rectified_linear
+from penstock.ops.rectified_linear import half_products, rectified_linear
 from penstock.ops.rows import adam_rows_, lookup, rows_of, sparse_rows, sum_rows
 from penstock.tasks.click_prediction import clip_norm
 
@@ -180,6 +180,20 @@ def test_dropout_of_a_rectified_layer() -> None:
     torch.testing.assert_close(grad, (kept.float() / 0.7).T @ x)
     with pytest.raises(ValueError, match=r"dropout=1\.5"):
         rectified_linear(x, weight, bias, dropout=1.5)
+
+
+def test_half_products_are_near_the_whole_and_only_without_gradients() -> None:
+    x, weight, bias = torch.randn(50, 64), torch.randn(30, 64), torch.randn(30)
+    full = rectified_linear(x, weight, bias)
+    with half_products() as used:
+        torch.testing.assert_close(rectified_linear(x, weight.requires_grad_(), bias), full)
+        assert used.layers == 0
+        with torch.no_grad():
+            half = rectified_linear(x, weight, bias)
+    assert used.layers == 1
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0, atol=0.02 * float(full.detach().abs().max()))
 
 
 def test_a_perceptron_takes_the_fast_form_unless_someone_looks() -> None:

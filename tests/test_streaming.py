@@ -26,7 +26,7 @@ from penstock.data.ondisk import DiskBatches, Store, batches, release
 from penstock.data.schema import Field, Label, Rows, Schema
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.errors import UserError
-from penstock.lab.predict import write_frames
+from penstock.lab.predict import predict, write_frames
 from penstock.lab.progress import Reporter
 from penstock.tasks.click_prediction import ClickPrediction
 
@@ -399,3 +399,15 @@ def test_a_run_shows_reading_training_and_testing(tmp_path: Path, monkeypatch: p
     assert main(["predict", str(tmp_path / "run"), "--data", str(tmp_path / "c.csv"), "--output", str(scores)]) == 0
     assert heard.bars[-1][0] == "predict c.csv"
     assert pl.read_parquet(scores).height == 3000
+
+
+def test_scores_in_half_precision_are_near_and_refused_where_nothing_is_gained(tmp_path: Path) -> None:
+    table = saved(tmp_path / "clicks.parquet")
+    flags = ["--data", str(table), "--arms", "ungated", "--train.epochs", "1", "--quick", "--json"]
+    for name in ("finalmlp", "optfs"):
+        more = ["--backbone", "fm"] if name == "optfs" else []
+        assert main(["run", name, *flags, *more, "--out", str(tmp_path / name)]) == 0
+    full, half = (predict(tmp_path / "finalmlp", table, precision=how)["score"] for how in ("32", "bf16"))
+    assert 0 < float((full - half).abs().max()) < 0.01  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="optfs has no layer that would be quicker"):
+        predict(tmp_path / "optfs", table, precision="bf16")

@@ -25,6 +25,7 @@ from penstock.lab.peer import Peer
 from penstock.nn.embeddings import RowTable
 from penstock.nn.fuxictr import add_regularization
 from penstock.nn.lazy_adam import LazyAdam
+from penstock.ops.rectified_linear import half_products
 from penstock.tasks.click_prediction import clip_norm
 
 #: The published settings of Criteo_x4 that both networks share.
@@ -86,14 +87,17 @@ def contests(
     scored = build().eval()
 
     @torch.no_grad()
-    def score(precision: torch.dtype | None) -> Tensor:
-        with torch.autocast("cpu", precision, enabled=precision is not None):
-            return scored(rows_BF).sigmoid()
+    def score() -> Tensor:
+        return scored(rows_BF).sigmoid()
 
-    scores: dict[str, Callable[[], Any]] = {
-        "scores": partial(score, None),
-        "scores, products in bfloat16": partial(score, torch.bfloat16),
-    }
+    def half() -> int:
+        with half_products() as used:
+            score()
+        return used.layers
+
+    scores: dict[str, Callable[[], Any]] = {"scores": score}
+    if half():
+        scores["scores, hidden products in bfloat16"] = half
     installed = find_spec("fuxictr") is not None
     if installed:
         steps["FuxiCTR"] = Peer(partial(_their_step, peer, tuple(field_sizes)))

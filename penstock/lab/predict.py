@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import polars as pl
 import pyarrow.parquet
@@ -16,25 +16,46 @@ from torch import nn
 from penstock.errors import UserError
 from penstock.gates import GateNotFoundError, Table, ablate
 from penstock.lab.store import Run, open_run, written_whole
+from penstock.ops.rectified_linear import half_products
 from penstock.tasks.base import Task
+
+Precision = Literal["32", "bf16"]
 
 _GROUP_ROWS = 1 << 16
 
 
-def predict(run: Path, data: Path, *, arm: str | None = None, seed: int = 0) -> pl.DataFrame:
+def predict(
+    run: Path, data: Path, *, arm: str | None = None, seed: int = 0, precision: Precision = "32"
+) -> pl.DataFrame:
     """Apply a trained arm to a file or folder of the user's: one row a sample.
 
+    Args:
+        run: a run folder.
+        data: what to predict.
+        arm, seed: which training.
+        precision: "bf16" takes the products of hidden layers of click models in bfloat16, see `half_products`.
+
     Raises:
-        UserError: if the run or the data cannot be used.
+        UserError: if the run or the data cannot be used, or the model has no layer that the precision would change.
     """
-    return pl.concat(predict_frames(run, data, arm=arm, seed=seed))
+    return pl.concat(predict_frames(run, data, arm=arm, seed=seed, precision=precision))
 
 
-def predict_frames(run: Path, data: Path, *, arm: str | None = None, seed: int = 0) -> Iterator[pl.DataFrame]:
+def predict_frames(
+    run: Path, data: Path, *, arm: str | None = None, seed: int = 0, precision: Precision = "32"
+) -> Iterator[pl.DataFrame]:
     """The same piece by piece, for data that may not fit in memory."""
     opened = open_run(run)
     model = opened.model(arm, seed=seed)
-    yield from opened.system.task_for(opened.spec).predict_frames(model, opened.spec, data)
+    frames = opened.system.task_for(opened.spec).predict_frames(model, opened.spec, data)
+    if precision == "32":
+        yield from frames
+        return
+    with half_products() as used:
+        for frame in frames:
+            if frame.height and not used.layers:
+                raise UserError(f"--precision bf16: {opened.system.name} has no layer that would be quicker with it")
+            yield frame
 
 
 def write_frames(frames: Iterable[pl.DataFrame], path: Path) -> int:

@@ -8,6 +8,8 @@ Shape legend: B rows, X input width, Y output width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,29 @@ from torch.nn import functional as F
 
 from penstock.ops.dispatch import choose
 from penstock.ops.native import can_run, library
+
+
+class HalfProducts:
+    """What `half_products` counts: the layers it changed."""
+
+    layers = 0
+
+
+_half: HalfProducts | None = None
+
+
+@contextmanager
+def half_products() -> Iterator[HalfProducts]:
+    """Inside, and where no gradient is wanted, `rectified_linear` takes its products in bfloat16 and adds them in float32.
+
+    Twice as fast on processors that can; the rest of a model, its output above all, stays in float32.
+    """
+    global _half
+    before, _half = _half, HalfProducts()
+    try:
+        yield _half
+    finally:
+        _half = before
 
 
 def rectified_linear(
@@ -42,6 +67,9 @@ def rectified_linear(
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout={dropout} must be from 0 to 1")
+    if _half is not None and not torch.is_grad_enabled():
+        _half.layers += 1
+        return F.dropout((x_BX.bfloat16() @ weight_YX.bfloat16().T).float().add_(bias_Y).relu_(), dropout)
     form = choose("rectified_linear", backend, ("reference", "native"), lambda: _best(x_BX, weight_YX, dropout))
     if form == "native":
         return _Rectified.apply(x_BX, weight_YX, bias_Y, dropout)
