@@ -85,8 +85,9 @@ def test_a_model_without_a_part_is_refused() -> None:
 def test_plain_models_stand_beside_a_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "board"
     flags = ["--quick", "--train.epochs", "2", "--search.epochs", "2", "--dim", "4", "--json", "--out", str(out)]
-    assert main(["compare", "optfs", "fm", "dcnv2", *flags]) == 0
+    assert main(["compare", "optfs", "fm", "dcnv2", *flags, "--train.lazy-embeddings"]) == 0
     board = json.loads(capsys.readouterr().out)
+    assert open_run(out / "dcnv2").config.train.lazy_embeddings, "what a step costs is alike for all"
     assert {row["name"] for row in board["rows"]} == {"optfs", "optfs (ungated)", "fm", "dcnv2"}
     table = tmp_path / "new.csv"
     table.write_text("no\n1\n")

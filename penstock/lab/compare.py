@@ -22,6 +22,8 @@ from penstock.lab.system import System, system
 
 #: The parts of `Training` that make up the budget; the rest (learning rate, schedule ...) stays each system's own.
 _BUDGET = ("steps", "epochs", "batch_size")
+#: And what decides a step's cost and not what is learned from it, where a task has it.
+_COST = ("lazy_embeddings",)
 #: The settings of the data, which hold for all.
 _DATA = ("data", "table")
 #: What the others take over from the first, where they can be built with it and still have its size.
@@ -122,7 +124,8 @@ def _jobs(systems: list[System[Any]], config: Any, options: Options, reporter: R
         # A system with simulated data of another sort keeps its settings: its part must open as a run of its own.
         shared = {k: getattr(config, k) for k in _DATA if hasattr(config, k) and hasattr(own, k)}
         own = dataclasses.replace(own, **{k: v for k, v in shared.items() if type(v) is type(getattr(own, k))})
-        own = override(own, {f"train.{name}": getattr(config.train, name) for name in _BUDGET})
+        shared = [*_BUDGET, *(name for name in _COST if hasattr(config.train, name) and hasattr(own.train, name))]
+        own = override(own, {f"train.{name}": getattr(config.train, name) for name in shared})
         if data is not None:
             shape = {name: getattr(config, name) for name in _SHAPE if hasattr(config, name) and hasattr(own, name)}
             own = _sized(one, override(own, shape), own, data.spec, size)
