@@ -34,8 +34,9 @@ class FrameTable(RawTable):
         self.columns = frame.columns
         self.has_header, self.num_rows = True, frame.height
         known = {name: _KINDS.get(dtype.base_type()) for name, dtype in frame.schema.items()}
-        given = {name: one for name, one in known.items() if one} | dict(kinds or {})
-        self.settings = {name: one if isinstance(one, Mapping) else {"kind": one} for name, one in given.items()}
+        self.settings: dict[str, dict[str, Any]] = {name: {"kind": kind} for name, kind in known.items() if kind}
+        for name, given in (kinds or {}).items():
+            self.settings.setdefault(name, {}).update(given if isinstance(given, Mapping) else {"kind": given})
 
     def chunks(self, what: str = "read", columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         wanted = self.frame.select(name for name in self.columns if columns is None or name in columns)

@@ -60,7 +60,8 @@ def export(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export") as folder:
         temporary = Path(folder) / output.name
         write = _onnx if form == "onnx" else _pt2
-        got = write(model, traced, shapes, inputs, temporary)
+        with torch.no_grad():
+            got = write(model, traced, shapes, inputs, temporary)
         temporary.replace(output)
     difference = float((_first(expected) - got).abs().max())
     return {"file": str(output), "bytes": output.stat().st_size, "arm": arm or opened.arms[0], "difference": difference}
@@ -69,8 +70,7 @@ def export(
 def _pt2(model: nn.Module, traced: tuple[Any, ...], shapes: Any, inputs: tuple[Any, ...], path: Path) -> Tensor:
     program = torch.export.export(model, traced, dynamic_shapes=shapes)
     torch.export.save(program, path)
-    with torch.no_grad():
-        return _first(torch.export.load(path).module()(*inputs))
+    return _first(torch.export.load(path).module()(*inputs))
 
 
 def _onnx(model: nn.Module, traced: tuple[Any, ...], shapes: Any, inputs: tuple[Any, ...], path: Path) -> Tensor:

@@ -124,8 +124,8 @@ def _jobs(systems: list[System[Any]], config: Any, options: Options, reporter: R
         # A system with simulated data of another sort keeps its settings: its part must open as a run of its own.
         shared = {k: getattr(config, k) for k in _DATA if hasattr(config, k) and hasattr(own, k)}
         own = dataclasses.replace(own, **{k: v for k, v in shared.items() if type(v) is type(getattr(own, k))})
-        shared = [*_BUDGET, *(name for name in _COST if hasattr(config.train, name) and hasattr(own.train, name))]
-        own = override(own, {f"train.{name}": getattr(config.train, name) for name in shared})
+        alike = [*_BUDGET, *(name for name in _COST if hasattr(config.train, name) and hasattr(own.train, name))]
+        own = override(own, {f"train.{name}": getattr(config.train, name) for name in alike})
         if data is not None:
             shape = {name: getattr(config, name) for name in _SHAPE if hasattr(config, name) and hasattr(own, name)}
             own = _sized(one, override(own, shape), own, data.spec, size)

@@ -32,7 +32,7 @@ def lookup(table_VD: Tensor, ids: Tensor, *, fixed: Tensor | None = None, sparse
         rows = F.embedding(ids, table_VD)
         if fixed is None or not torch.is_grad_enabled():
             return rows
-        return torch.where(torch.isin(ids, fixed)[..., None], rows.detach(), rows)
+        return torch.where((ids[..., None] == fixed).any(-1, keepdim=True), rows.detach(), rows)
     if fixed is None and not sparse:
         return F.embedding(ids, table_VD)
     return _Lookup.apply(table_VD, ids, fixed, sparse)
