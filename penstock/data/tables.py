@@ -38,7 +38,7 @@ _SEPARATORS = ("^", "|")
 _LONGEST = 50  # items of a sequence, unless the columns file says otherwise
 _FEW = 10  # whole numbers with no more different values than this are categories
 _SAMPLE = 1 << 20  # numbers kept to find quantiles
-_HELD = 1 << 22  # words of all columns that are counted in memory, about 50 bytes each
+_HELD = 1 << 22  # words of all columns that are counted in memory; merging them takes about 250 bytes each
 _SHARES = 64  # of the words counted on disk, read one at a time
 _SPILLED_GROUP = 1 << 14  # words, so that few of another share are read with one
 
