@@ -23,6 +23,7 @@ from penstock.data import ondisk, tables
 from penstock.data.base import Source, counted, progress
 from penstock.data.loader import Batches
 from penstock.data.ondisk import DiskBatches, Store, batches, release
+from penstock.data.rawtables import RawTable
 from penstock.data.schema import Field, Label, Rows, Schema
 from penstock.data.tables import TableConfig, TableData, read_table
 from penstock.errors import UserError
@@ -294,14 +295,14 @@ def test_a_table_is_scored_as_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     spec = read(path).spec
     monkeypatch.setattr("penstock.data.rawtables._BLOCK_BYTES", 1 << 12)
     read_rows: list[int] = []
-    chunks = tables.RawTable._csv_frames
+    chunks = RawTable._csv_frames
 
-    def counting(self: tables.RawTable, columns: list[str]) -> Iterator[pl.DataFrame]:
+    def counting(self: RawTable, columns: list[str]) -> Iterator[pl.DataFrame]:
         for frame in chunks(self, columns):
             read_rows.append(frame.height)
             yield frame
 
-    monkeypatch.setattr(tables.RawTable, "_csv_frames", counting)
+    monkeypatch.setattr(RawTable, "_csv_frames", counting)
     frames = ClickPrediction.predict_frames(Sum(), spec, path)
     first = list(itertools.islice(frames, 2))
     assert len(read_rows) == 1, "the first block of the file is scored before the second is read"

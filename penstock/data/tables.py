@@ -1,8 +1,8 @@
 """The user's own tables: CSV, TSV or Parquet, read out of core into ids and numbers.
 
 A table is read three times in chunks of rows, so that raw rows never fill the memory: *scan* checks the file, infers
-what each column is and looks at the label; *fit* counts values and measures numbers on training rows only; *encode*
-writes the arrays, into a nameless temporary file where they are large.
+what each column is and looks at the label; *fit* counts values (on disk, where they are millions) and measures
+numbers on training rows only; *encode* writes the arrays, into a nameless temporary file where they are large.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _SETTINGS = (  # of the columns file
 _LONGEST = 50  # items of a sequence, unless the columns file says otherwise
 _FEW = 10  # whole numbers with no more different values than this are categories
 _SAMPLE = 1 << 20  # numbers kept to find quantiles
-_HELD = 1 << 22  # words of all columns that are counted in memory, about 50 bytes each
+_HELD = 1 << 22  # words of all columns that are counted in memory; merging them takes about 250 bytes each
 _SHARES = 64  # of the words counted on disk, read one at a time
-_SPILLED_GROUP = 1 << 14
+_SPILLED_GROUP = 1 << 14  # words, so that few of another share are read with one
 
 
 @dataclass
@@ -665,7 +665,7 @@ class _Counts:
         """Words seen at least ``min_count`` times, most frequent first, then by first sight."""
         if self.folder.exists():
             self.spill()
-            files = pl.scan_parquet(self.folder / "*.parquet")
+            files = pl.scan_parquet(list(self.folder.iterdir()))
             shares = [files.filter(pl.col("share") == share) for share in range(_SHARES)]
         else:
             shares = [pl.concat(self.parts).lazy()]
