@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.data.loader import Batches
@@ -160,11 +162,11 @@ def room(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the disk is full; set TMPDIR to a folder on a larger one") from None
 
 
-def release(rows: Rows) -> None:
-    """Take what was read of mapped rows off the process's memory; it is read again when it is wanted."""
+def release(rows: Iterable[NDArray[Any] | None]) -> None:
+    """Take what was read of mapped arrays, as those of `Rows`, off the process's memory; it is read again when it is wanted."""
     for one in _maps(rows):
         one.madvise(mmap.MADV_DONTNEED)
 
 
-def _maps(rows: Rows) -> list[mmap.mmap]:
+def _maps(rows: Iterable[NDArray[Any] | None]) -> list[mmap.mmap]:
     return [base for array in rows if isinstance(base := getattr(array, "base", None), mmap.mmap)]

@@ -149,7 +149,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
-@register_flop_formula(torch.ops.penstock.field_attention_forward)
 def forward_flops(x: Any, query: Any, key: Any, value: Any, residual: Any, num_heads: int, *_: Any, **__: Any) -> int:
     """Of shapes, as PyTorch counts: two for a multiplication and an addition."""
     samples, fields, inner = x
@@ -158,10 +157,13 @@ def forward_flops(x: Any, query: Any, key: Any, value: Any, residual: Any, num_h
     return int(2 * samples * fields * (projections + fields * (query[1] + mixed)))
 
 
-@register_flop_formula(torch.ops.penstock.field_attention_backward)
 def backward_flops(grad: Any, out: Any, *inputs: Any, **options: Any) -> int:
     """Twice the forward's; what is computed again is not counted, as for PyTorch's fused attention."""
     return 2 * forward_flops(*inputs, **options)
+
+
+register_flop_formula(torch.ops.penstock.field_attention_forward)(forward_flops)
+register_flop_formula(torch.ops.penstock.field_attention_backward)(backward_flops)
 
 
 class _Fields(ctypes.Structure):

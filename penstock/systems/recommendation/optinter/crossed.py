@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.data.clicks import ClickLog, ClickLogConfig
+from penstock.data.ondisk import release
 from penstock.data.schema import Schema
 from penstock.data.tables import TableData
 from penstock.errors import UserError
@@ -105,6 +106,7 @@ def count_crosses(ids_NF: NDArray[np.int32], schema: Schema, config: CrossConfig
             new, times = np.unique(first * sizes[j] + second, return_counts=True)
             keys, place = np.unique(np.concatenate([keys, new]), return_inverse=True)
             counts = np.bincount(place, np.concatenate([counts, times])).astype(np.int64)
+        release([ids_NF])  # rows on disk would otherwise stay in memory once they were read
         frequent = keys[counts >= config.min_count]
         exact.append(len(frequent) <= config.hash_above)
         rows.append(len(frequent) + 1 if exact[-1] else config.hash_above)
