@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
-import subprocess
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,14 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return COMMANDS[command](rest)
     except UserError as error:
-        print(f"penstock: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_once(" ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        print("penstock: interrupted; a run keeps its last checkpoint, go on with --resume RUN", file=sys.stderr)
+        _say_once("interrupted; a run keeps its last checkpoint, go on with --resume RUN")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _say_once(line: str) -> None:
+    """Of the processes of a run, the first that ends says why."""
+    if "RANK" in os.environ:
+        from penstock.data.parts import first_to_end
+
+        if not first_to_end():
+            return
+    print(f"penstock: {line}", file=sys.stderr)
 
 
 def _note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -262,6 +273,11 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     _check_name(name)
     options, config = _typed(f"run {name}", name, rest)
+    if options.resume is not None and "RANK" not in os.environ:
+        from penstock.lab.store import RunFolder
+        from penstock.lab.train import Hardware
+
+        options.hardware = Hardware(**RunFolder.open(options.resume).about["hardware"])
     if _needs_launch(options):
         return _launch(options, ["run", *arguments])
     from penstock.lab.progress import Reporter
@@ -300,18 +316,31 @@ def _launch(options: Options, arguments: list[str]) -> int:
     if options.out is None and options.resume is None:
         # One name for all processes: each would make up its own.
         arguments = [*arguments, "--out", f"runs/{arguments[1]}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(hardware.devices),
-        "-m",
-        "penstock",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // hardware.devices, 1))}
-    return subprocess.run([*torchrun, *arguments], env=environment, check=False).returncode
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What torchrun --standalone does, without its account of which process failed: they speak for themselves.
+    for name in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // hardware.devices, 1))
+    alone = LaunchConfig(
+        1,
+        1,
+        hardware.devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(alone, sys.executable)("-m", "penstock", *arguments)
+    except ChildFailedError as error:
+        # Others were stopped by a signal, which is a negative code.
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
+    except SignalException:
+        return 130
+    return 0
 
 
 def _compare(arguments: list[str]) -> int:

@@ -23,6 +23,7 @@ from penstock.data import ondisk, tables
 from penstock.data.base import Source, counted, progress
 from penstock.data.loader import Batches
 from penstock.data.ondisk import DiskBatches, Store, batches, release
+from penstock.data.parts import Peers
 from penstock.data.rawtables import RawTable
 from penstock.data.schema import Field, Label, Rows, Schema
 from penstock.data.tables import TableConfig, TableData, read_table
@@ -213,13 +214,13 @@ def test_order_is_by_count_then_first_sight(tmp_path: Path) -> None:
     seen: list[str | None] = []
     for number in range(20):
         words = [None if x % 17 == 0 else f"w{x}" for x in draw.zipf(1.5, 300) % 400]
-        counts.add(pl.Series(words, dtype=pl.String))
+        counts.add(pl.Series(words, dtype=pl.String), number)
         seen += words
         if number % 6 == 5:
             counts.spill()
     tally = Counter(word for word in seen if word is not None)  # holds words in the order of first sight
     expected = sorted((word for word in tally if tally[word] >= 2), key=lambda word: -tally[word])
-    assert list(counts.words(2)) == expected
+    assert list(counts.words(2, Peers())) == expected
     assert len({tally[word] for word in expected}) < len(expected), "some are tied"
 
 

@@ -41,7 +41,7 @@ class FrameTable(RawTable):
     def chunks(self, what: str = "read", columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         wanted = self.frame.select(name for name in self.columns if columns is None or name in columns)
         for start in range(0, wanted.height, _CHUNK_ROWS):
-            yield Chunk(self.path, start + 1, wanted.slice(start, _CHUNK_ROWS))
+            yield Chunk(self.path, start + 1, wanted.slice(start, _CHUNK_ROWS), start)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from penstock.data.parts import Peers
 from penstock.data.rawtables import Chunk
 from penstock.data.schema import Field, Label, encode_label
 
@@ -26,26 +28,37 @@ class Leaks:
     def __init__(self, fields: Sequence[Field], labels: Sequence[Label]) -> None:
         self.fields = [one for one in fields if one.kind != "sequence"]
         self.labels = [label for label in labels if label.classes]
-        self.frames: list[pl.DataFrame] = []
-        self.codes: list[NDArray[np.float32]] = []
+        self.seen: list[tuple[int, pl.DataFrame, NDArray[np.float32]]] = []
 
     def update(self, chunk: Chunk) -> None:
         """Add some rows of a chunk, evenly spaced."""
-        if not self.labels or not chunk.frame.height or sum(f.height for f in self.frames) >= _ROWS:
+        if not self.labels or not chunk.frame.height or self._rows >= _ROWS:
             return
         some = chunk._replace(frame=chunk.frame.gather_every(-(-chunk.frame.height // _CHUNK)))
         columns = [
             some.numbers(f.name).alias(f.name) if f.kind == "numeric" else some.text(f.name).alias(f.name)
             for f in self.fields
         ]
-        self.frames.append(pl.DataFrame(columns))
-        self.codes.append(np.stack([encode_label(label, some) for label in self.labels], 1))
+        codes = np.stack([encode_label(label, some) for label in self.labels], 1)
+        self.seen.append((chunk.place, pl.DataFrame(columns), codes))
+
+    @property
+    def _rows(self) -> int:
+        return sum(len(codes) for _, _, codes in self.seen)
+
+    def settle(self, together: Peers) -> None:
+        """Keep of what all processes have seen what one alone would have: the first chunks of the table."""
+        every = sorted(chain(*together.gather(self.seen)), key=lambda one: one[0])
+        self.seen = []
+        while every and self._rows < _ROWS:
+            self.seen.append(every.pop(0))
 
     def notes(self) -> list[str]:
         """A warning for each column and label."""
-        if not self.frames:
+        if not self.seen:
             return []
-        frame, codes = pl.concat(self.frames), np.concatenate(self.codes)
+        frame = pl.concat([frame for _, frame, _ in self.seen])
+        codes = np.concatenate([codes for _, _, codes in self.seen])
         found = []
         for place, label in enumerate(self.labels):
             ones = codes[:, place] == 1

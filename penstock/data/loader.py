@@ -20,9 +20,11 @@ class Batches:
         shuffle: whether each epoch has its own order, drawn from ``seed`` and the epoch's number.
         seed: of the order.
         drop_last: leave out a last batch that is not full.
+        steps: cut the samples into so many batches of even sizes instead: they are this process's own, and others have
+            some, too.
 
-    In a process group each process takes every world-size-th sample of each batch, so that the global batches
-    are those of a single process. `state_dict` says where the latest iterator is; the first iterator after
+    Without ``steps``, each process of a group takes every world-size-th sample of each batch, so that the global
+    batches are those of a single process. `state_dict` says where the latest iterator is; the first iterator after
     `load_state_dict` goes on from there, every other one starts the next epoch.
     """
 
@@ -35,17 +37,21 @@ class Batches:
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        steps: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
         self.fetch, self.size, self.batch_size = fetch, size, batch_size
         self.shuffle, self.seed = shuffle, seed
         self.drop_last = drop_last and size >= batch_size
+        self.steps = steps
         self.epoch = -1
         self.position = 0
         self._restored = False
 
     def __len__(self) -> int:
+        if self.steps:
+            return self.steps
         return self.size // self.batch_size if self.drop_last else math.ceil(self.size / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
@@ -57,7 +63,12 @@ class Batches:
     def _from(self, order: Tensor, start: int) -> Iterator[Any]:
         for batch in range(start, len(self)):
             self.position = batch + 1
-            yield self.fetch(self._share(order[batch * self.batch_size : (batch + 1) * self.batch_size]))
+            yield self.fetch(self._indices(order, batch))
+
+    def _indices(self, order: Tensor, batch: int) -> Tensor:
+        if self.steps:
+            return order[batch * self.size // self.steps : (batch + 1) * self.size // self.steps]
+        return self._share(order[batch * self.batch_size : (batch + 1) * self.batch_size])
 
     def _order(self) -> Tensor:
         if not self.shuffle:

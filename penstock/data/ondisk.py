@@ -72,11 +72,11 @@ class DiskBatches(Batches):
 
     Args:
         rows: what `Store.finish` gave.
-        batch_size, shuffle, seed: as for `Batches`.
+        batch_size, shuffle, seed, steps: as for `Batches`.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> None:
-        super().__init__(self._read, len(rows.label), batch_size, shuffle=shuffle, seed=seed)
+    def __init__(self, rows: Rows, batch_size: int, *, shuffle: bool = False, seed: int = 0, steps: int = 0) -> None:
+        super().__init__(self._read, len(rows.label), batch_size, shuffle=shuffle, seed=seed, steps=steps)
         self.rows = rows
         row_bytes = sum(array[:1].nbytes for array in rows if array is not None)
         self.block = max(_BLOCK_BYTES // row_bytes, 1)
@@ -140,11 +140,12 @@ class DiskBatches(Batches):
         return torch.cat([torch.randperm(full, generator=generator), torch.tensor([full])]), shift % self.size, seed
 
 
-def batches(rows: Rows, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
+def batches(rows: Rows, batch_size: int, *, shuffle: bool = False, seed: int = 0, steps: int = 0) -> Batches:
     """Batches of encoded rows, as `TableBatch`; rows in memory are shuffled all together, others as `DiskBatches` does."""
     if _maps(rows):
-        return DiskBatches(rows, batch_size, shuffle=shuffle, seed=seed)
-    return Batches(lambda index: rows.batch(index.numpy()), len(rows.label), batch_size, shuffle=shuffle, seed=seed)
+        return DiskBatches(rows, batch_size, shuffle=shuffle, seed=seed, steps=steps)
+    size = len(rows.label)
+    return Batches(lambda index: rows.batch(index.numpy()), size, batch_size, shuffle=shuffle, seed=seed, steps=steps)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +41,13 @@ class Chunk(NamedTuple):
         path: of the file.
         start: number of the first of these rows in it, from 1, the header not counted.
         frame: the rows; what means "no value" is null, text is stripped, numbers of Parquet keep their type.
+        place: of the first of these rows in the whole table, from 0.
     """
 
     path: Path
     start: int
     frame: pl.DataFrame
+    place: int
 
     def error(self, row: int, column: str, what: str) -> UserError:
         """The error to raise about a cell, ``row`` counted within the chunk."""
@@ -92,6 +96,8 @@ class RawTable:
         settings: what the format itself says of columns, as a columns file would.
         notes: on reading it, for people.
         num_rows: how many rows there are; 0 as long as nobody knows, which is until a text file was read once.
+        part_rows: how many rows each Parquet part has.
+        whole: the table that this one is `some` parts of.
 
     Raises:
         UserError: if it is missing, empty or not what its name says, or two columns have one name.
@@ -99,6 +105,7 @@ class RawTable:
 
     settings: Mapping[str, Mapping[str, Any]] = {}
     notes: Sequence[str] = ()
+    whole: RawTable | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,6 +121,7 @@ class RawTable:
         self.delimiter = "\t" if suffix in (".tsv", ".tab", *_ATOMIC_SUFFIXES) else ","
         self.has_header = True
         self.num_rows = 0
+        self.part_rows: dict[Path, int] = {}
         self.columns = self._parquet_columns() if self.is_parquet else self._header()
         named = [name for name in self.columns if name]
         if doubled := sorted({name for name in named if named.count(name) > 1}):
@@ -148,15 +156,25 @@ class RawTable:
         """
         names = [name for name in self.columns if name and (columns is None or name in columns)]
         rows = 0
+        before = dict(zip(self.part_rows, accumulate(self.part_rows.values(), initial=0), strict=False))
         with counted(f"{what} {self.path.name}", self.num_rows) as advance:
             for part in self.parts:
-                start = 1
+                start, place = 1, before.get(part, 0)
                 for frame in self._parquet_frames(part, names) if self.is_parquet else self._csv_frames(names):
-                    yield Chunk(part, start, frame.select(clean(frame[name]) for name in names))
+                    cleaned = frame.select(clean(frame[name]) for name in names)
+                    yield Chunk(part, start, cleaned, place + start - 1)
                     start += frame.height
                     rows += frame.height
                     advance(rows)
         self.num_rows = rows
+
+    def some(self, parts: Sequence[int]) -> RawTable:
+        """The table of some of the Parquet parts, by their numbers, with the columns of all."""
+        some = copy.copy(self)
+        some.whole = self
+        some.parts = [self.parts[part] for part in parts]
+        some.num_rows = sum(self.part_rows[part] for part in some.parts)
+        return some
 
     def _header(self) -> list[str]:
         try:
@@ -201,6 +219,7 @@ class RawTable:
                     "all parts must have the same"
                 )
             columns = columns or list(schema.names)
+            self.part_rows[part] = metadata.num_rows
             self.num_rows += metadata.num_rows
         return columns
 

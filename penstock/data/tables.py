@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
 import pyarrow.parquet
+import torch
 import yaml
 from numpy.typing import NDArray
 
@@ -31,6 +32,7 @@ from penstock.data.hashing import hashed
 from penstock.data.leaks import Leaks
 from penstock.data.loader import Batches
 from penstock.data.ondisk import Store, batches, release, room
+from penstock.data.parts import Peers, Share, can_be_divided, deal, is_even, peers
 from penstock.data.rawtables import Chunk, RawTable, as_text, did_you_mean
 from penstock.data.recbole import open_table
 from penstock.data.schema import Field, Kind, Label, Numeric, Rows, Schema, TableBatch, criteo_bucket, items_of
@@ -53,6 +55,8 @@ _SAMPLE = 1 << 20  # numbers kept to find quantiles
 _HELD = 1 << 22  # words of all columns that are counted in memory; merging them takes about 250 bytes each
 _SHARES = 64  # of the words counted on disk, read one at a time
 _SPILLED_GROUP = 1 << 14  # words, so that few of another share are read with one
+_CHUNK_BITS = 28  # of the number of a chunk's words
+_NO_WORDS = pl.DataFrame(schema={"word": pl.String, "count": pl.Int64, "first": pl.Int64})
 
 
 @dataclass
@@ -122,6 +126,7 @@ class TableData(Data):
         source: where it is from, for people.
         notes: what was done that a person should know.
         vectors: pre-trained, of some ids.
+        shares: of the splits of which only a part is here, and the others in the other processes of a run.
 
     Attributes:
         spec: ``schema`` (plain); ``fields`` (names), ``field_sizes`` and ``offsets`` in the order of the batch;
@@ -135,9 +140,10 @@ class TableData(Data):
         source: str,
         notes: Sequence[str] = (),
         vectors: Sequence[Vectors] = (),
+        shares: Mapping[Split, Share] | None = None,
     ) -> None:
         self.schema, self.splits, self.source, self.notes = schema, splits, source, list(notes)
-        self.vectors = vectors
+        self.vectors, self.shares = vectors, dict(shares or {})
         self.spec = {
             "schema": schema.to_dict(),
             "fields": [f.name for f in schema.fields],
@@ -161,24 +167,48 @@ class TableData(Data):
         return self._batches("test", batch_size)
 
     def _batches(self, split: Split, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
-        return batches(self.splits[split], batch_size, shuffle=shuffle, seed=seed)
+        rows, share = self.splits[split], self.shares.get(split)
+        if share is None:
+            return batches(rows, batch_size, shuffle=shuffle, seed=seed)
+        seed, steps = seed * len(share.rows) + share.rank, share.steps(batch_size)
+        own = batches(rows, batch_size, shuffle=shuffle, seed=seed, steps=steps)
+        if split == "train":
+            fetch = own.fetch
+            own.fetch = lambda index: _weighed(fetch(index), share.weight(len(index), batch_size))
+        return own
+
+    def num_rows(self, split: Split) -> int:
+        """Rows of a split, in all processes together."""
+        return sum(self.shares[split].rows) if split in self.shares else len(self.splits[split].label)
+
+    def label_means(self, split: Split) -> tuple[float, ...]:
+        """Of each label over the rows of a split, in all processes together."""
+        if split in self.shares:
+            return self.shares[split].means
+        return tuple(self.splits[split].label.mean(0, dtype=np.float64).tolist())
 
     def overview(self) -> str:
-        rows = ", ".join(f"{split} {len(part.label)}" for split, part in self.splits.items())
-        return "\n".join([f"{self.source}: rows {rows}", str(self.schema.table()), *self.notes])
+        rows = ", ".join(f"{split} {self.num_rows(split)}" for split in self.splits)
+        held = ", ".join(f"{split} {' + '.join(map(str, share.rows))}" for split, share in self.shares.items())
+        more = [f"each process holds the rows of its own parts: {held}"] * bool(held)
+        return "\n".join([f"{self.source}: rows {rows}", str(self.schema.table()), *self.notes, *more])
 
     def describe(self) -> dict[str, Any]:
         return {
             "source": self.source,
-            "rows": {split: len(rows.label) for split, rows in self.splits.items()},
+            "rows": {split: self.num_rows(split) for split in self.splits},
             "fields": {f.name: f.size for f in self.schema.fields},
             "num_ids": self.schema.num_ids,
             "labels": {
-                label.name: {split: float(rows.label[:, place].mean()) for split, rows in self.splits.items()}
+                label.name: {split: self.label_means(split)[place] for split in self.splits}
                 for place, label in enumerate(self.schema.labels)
             },
             "notes": self.notes,
         }
+
+
+def _weighed(batch: TableBatch, weight: float) -> TableBatch:
+    return batch._replace(weight=torch.full((len(batch.label),), weight))
 
 
 def read_table(config: TableConfig, source: Source, *, labels: Literal["binary", "any"] = "binary") -> TableData:
@@ -189,6 +219,11 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         source: the paths and the label column; several columns separated by commas where ``labels`` is "any".
         labels: "binary": one label with two values, the first in sorted order becoming 0; "any": labels may also be
             numbers, which are kept as they are.
+
+    Within `penstock.data.parts.reading_together`, a directory of at least as many Parquet parts as there are processes
+    is divided where ``labels`` is "binary": each process reads its own parts and keeps their rows, and everything else
+    about the data is that of the whole table, in all of them. A split of which a process would have less than half
+    of an even share (a part by day or by split) is encoded and held whole by all, and so is a test table of its own.
 
     Raises:
         UserError: naming file, row and column of what cannot be used, and what would be right.
@@ -215,7 +250,9 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     if held_out is not None:
         held_out.must_have([*targets, *filter(None, [config.group_column])])
 
-    scan = _scan(raw, config, has_test)
+    together = peers.get() if labels == "binary" and can_be_divided(raw, peers.get().size) else Peers()
+    own = raw.some(deal(list(raw.part_rows.values()), together.size)[together.rank]) if together.size > 1 else raw
+    scan = _scan(own, config, has_test, together)
     label_fields = [_label(raw, name, scan.columns[name], labels, config.label_threshold) for name in targets]
     unasked = {config.time_column, config.user_column} - {"", *overrides}
     plans, notes = _plan(raw, scan, {*targets, config.split_column, *unasked}, overrides, config)
@@ -226,7 +263,7 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
             raise UserError(f"{held_out.path}: there is a header and no row; there is nothing to test on")
         scan.rows["test"] = rows
     leaks = Leaks(plans, label_fields)
-    schema = Schema.lay_out(_fit(raw, plans, config, has_test, leaks), label_fields, config.group_column)
+    schema = Schema.lay_out(_fit(own, plans, config, has_test, leaks, together), label_fields, config.group_column)
     notes += leaks.notes()
     vectors, coverage = read_vectors(schema, overrides, config.columns)
     notes += coverage
@@ -236,22 +273,32 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     on_disk = size > config.memory_mb << 20
     if on_disk:
         notes.append(f"the encoded rows ({size >> 20} MB) are kept in a temporary file")
+    divided = {split: rows[together.rank] for split, rows in scan.held.items() if is_even(rows) and len(rows) > 1}
+    here = scan.rows | divided
+    whole = len(divided) < len(scan.held)
     with tempfile.TemporaryDirectory(prefix="penstock-", ignore_cleanup_errors=True) as folder:
         # The files are mapped before the folder goes: the rows live on without a name, and end with the process.
-        stores = {split: Store(schema, n, Path(folder) / split if on_disk else None) for split, n in scan.rows.items()}
+        stores = {split: Store(schema, n, Path(folder) / split if on_disk else None) for split, n in here.items()}
         columns = [*targets, *(plan.name for plan in plans), config.group_column]
-        for chunk, codes in _split_chunks(raw, config, has_test, "encode", columns):
+        for chunk, codes in _split_chunks(raw if whole else own, config, has_test, "encode", columns):
             part = schema.encode(chunk)
             for code in np.unique(codes):
-                stores[SPLITS[code]].append(part.where(codes == code))
+                if (split := SPLITS[code]) not in divided or chunk.path in own.parts:
+                    stores[split].append(part.where(codes == code))
         if held_out is not None:
             for chunk in checked_chunks(schema, held_out, "encode", columns):
                 stores["test"].append(schema.encode(chunk))
         splits = {split: store.finish() for split, store in stores.items()}
-    _check_classes(raw, schema, splits)
+    shares = {}
+    for split in divided:
+        sums = together.gather(splits[split].label.sum(0, dtype=np.float64))
+        means = tuple((np.sum(sums, 0) / scan.rows[split]).tolist())
+        shares[split] = Share(together.rank, scan.held[split], means)
+    data = TableData(schema, splits, str(raw.path), notes, vectors, shares)
+    _check_classes(data)
     for rows_of_split in splits.values():
         release(rows_of_split)
-    return TableData(schema, splits, str(raw.path), notes, vectors)
+    return data
 
 
 def _read_encoded(path: Path, config: TableConfig, source: Source, *, several: bool) -> TableData:
@@ -276,10 +323,11 @@ def _read_encoded(path: Path, config: TableConfig, source: Source, *, several: b
             for chunk in tables[split].chunks("encode", columns):
                 store.append(schema.encode(chunk))
             splits[split] = store.finish()
-    _check_classes(tables["train"], schema, splits)
+    data = TableData(schema, splits, str(path), notes)
+    _check_classes(data)
     for rows_of_split in splits.values():
         release(rows_of_split)
-    return TableData(schema, splits, str(path), notes)
+    return data
 
 
 def read_rows(spec: Mapping[str, Any], path: Path, batch_size: int) -> Iterator[TableBatch]:
@@ -316,7 +364,7 @@ def checked_chunks(schema: Schema, table: RawTable, what: str, columns: Sequence
 
 @dataclass
 class _Seen:
-    """What was seen of a column in the whole training file."""
+    """What was seen of a column, in the whole training file or in one of its parts."""
 
     present: int = 0
     first_gap: UserError | None = None
@@ -349,7 +397,8 @@ class _Seen:
             has = {s: column.str.contains(s, literal=True).fill_null(False) for s in _SEPARATORS}
             for separator, rows in has.items():
                 self.separated[separator] += int(rows.sum())
-            if any(self.separated.values()):
+            # A part may have another separator than all others, as its first rows show.
+            if any(self.separated.values()) or chunk.start == 1:
                 # Not before a space, where a comma divides a sentence.
                 has[","] = column.str.contains(r",\S").fill_null(False)
                 self._note_alone(has, column, chunk)
@@ -359,6 +408,17 @@ class _Seen:
         for separator, rows in has.items():
             if separator not in self.alone and (at := (rows & (count == 1)).arg_true()).len():
                 self.alone[separator] = (chunk._replace(frame=chunk.frame.clear()), at[0], column[at[0]])
+
+    def merge(self, later: _Seen) -> None:
+        """Add what was seen in a later part."""
+        self.present += later.present
+        self.first_gap = self.first_gap or later.first_gap
+        self.is_number &= later.is_number
+        self.is_whole &= later.is_whole
+        self.is_list |= later.is_list
+        self.distinct |= later.distinct
+        self.separated = {s: count + later.separated[s] for s, count in self.separated.items()}
+        self.alone = later.alone | self.alone
 
     def one_separator(self, name: str, usual: str) -> None:
         """Raise `UserError` if some cells of a sequence have no ``usual`` separator but another."""
@@ -375,15 +435,25 @@ class _Seen:
 class _Scan(NamedTuple):
     columns: dict[str, _Seen]
     rows: dict[Split, int]
+    held: dict[Split, tuple[int, ...]]
+    """How many of these rows are in the parts of each process."""
 
 
-def _scan(raw: RawTable, config: TableConfig, has_test: bool) -> _Scan:
-    columns = {name: _Seen() for name in raw.columns if name}
-    counts = np.zeros(len(SPLITS), np.int64)
+def _scan(raw: RawTable, config: TableConfig, has_test: bool, together: Peers) -> _Scan:
+    parts: list[tuple[int, dict[str, _Seen]]] = []  # in the order of the table
+    own = np.zeros(len(SPLITS), np.int64)
     for chunk, codes in _split_chunks(raw, config, has_test, "scan"):
-        for name, seen in columns.items():
+        if chunk.start == 1:
+            parts.append((chunk.place, {name: _Seen() for name in raw.columns if name}))
+        for name, seen in parts[-1][1].items():
             seen.update(name, chunk)
-        counts += np.bincount(codes, minlength=len(SPLITS))
+        own += np.bincount(codes, minlength=len(SPLITS))
+    columns = {name: _Seen() for name in raw.columns if name}
+    for _, of_part in sorted(chain(*together.gather(parts)), key=lambda part: part[0]):
+        for name, seen in of_part.items():
+            columns[name].merge(seen)
+    every = np.stack(together.gather(own))
+    counts = every.sum(0)
     if not counts.any():
         raise UserError(f"{raw.path}: there is a header and no row; there is nothing to learn from")
     rows = dict(zip(SPLITS, counts.tolist(), strict=True))
@@ -400,7 +470,8 @@ def _scan(raw: RawTable, config: TableConfig, has_test: bool) -> _Scan:
                 else "give more rows, other ratios or a split column"
             )
             raise UserError(f"{raw.path}: none of its {counts.sum()} rows is for {split}; {more}")
-    return _Scan(columns, rows)
+    held = {split: tuple(every[:, SPLITS.index(split)].tolist()) for split in rows}
+    return _Scan(columns, rows, held)
 
 
 def _split_chunks(
@@ -410,18 +481,17 @@ def _split_chunks(
 
     ``what`` and ``columns`` as for `RawTable.chunks`.
     """
-    draw = np.random.default_rng(config.seed)
     test_from = 1.0 if has_test else 1.0 - config.test_ratio
     validation_from = test_from - config.validation_ratio
     wanted = None if columns is None else [*columns, config.split_column, config.time_column, config.user_column]
     for chunk in raw.chunks(what, wanted):
         if config.split == "time":
             shares = (validation_from,) if has_test else (validation_from, test_from)
-            cuts = _time_cuts(raw, config.time_column, shares, config.seed)
+            cuts = _time_cuts(raw.whole or raw, config.time_column, shares, config.seed)
             yield chunk, np.searchsorted(cuts, times(chunk, config.time_column))
             continue
         if not config.split_column:
-            lot = draw.random(chunk.frame.height) if config.split == "random" else _user_lots(chunk, config)
+            lot = _lots(chunk, config.seed) if config.split == "random" else _user_lots(chunk, config)
             yield chunk, (lot >= validation_from).astype(np.int64) + (lot >= test_from)
             continue
         marks = chunk.text(config.split_column)
@@ -433,13 +503,18 @@ def _split_chunks(
         yield chunk, codes.to_numpy()
 
 
+def _lots(chunk: Chunk, seed: int) -> NDArray[np.float64]:
+    """(rows,) numbers from 0 to 1, of one sequence for the whole table: a row's is the same whoever reads it."""
+    return np.random.Generator(np.random.PCG64(seed).advance(chunk.place)).random(chunk.frame.height)
+
+
 @lru_cache(maxsize=1)  # a table is split at every reading, and its times are the same
 def _time_cuts(raw: RawTable, column: str, shares: tuple[float, ...], seed: int) -> NDArray[np.float64]:
     """The times up to which such shares of the rows lie."""
     sample = _Sample(seed)
     sorts: set[bool] = set()
     for chunk in raw.chunks("read the times of", [column]):
-        sample.add(times(chunk, column))
+        sample.add(times(chunk, column), chunk.place)
         sorts.add(are_dates(chunk, column))
         if len(sorts) > 1:
             raise chunk.error(0, column, "numbers and dates are mixed in this column; a split by time needs one sort")
@@ -628,15 +703,17 @@ class _Counts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.parts: list[pl.DataFrame] = []
-        self.seen = 0
+        self.parts = [_NO_WORDS]
+        self.place, self.seen = -1, 0
 
-    def add(self, words: pl.Series) -> None:
-        rows = words.alias("word").to_frame().with_row_index("first", self.seen).drop_nulls()
+    def add(self, words: pl.Series, place: int) -> None:
+        """Count words of a chunk, whose ``place`` says which of two words was seen first, in the whole table."""
+        if place != self.place:
+            self.place, self.seen = place, 0
+        rows = words.alias("word").to_frame().with_row_index("first").drop_nulls()
+        first = pl.col("first").min().cast(pl.Int64) + ((place << _CHUNK_BITS) + self.seen)
         self.seen += len(words)
-        counted = rows.group_by("word").agg(
-            pl.len().cast(pl.Int64).alias("count"), pl.col("first").min().cast(pl.Int64)
-        )
+        counted = rows.group_by("word").agg(pl.len().cast(pl.Int64).alias("count"), first)
         # Through Arrow's contiguous strings: polars' would keep the whole chunk they were cut from.
         own = pl.Series("word", counted["word"].to_arrow(compat_level=pl.CompatLevel.oldest()))
         self.parts.append(counted.with_columns(own))
@@ -659,18 +736,23 @@ class _Counts:
         number = len(list(self.folder.iterdir()))
         with room(self.folder.parent):
             pyarrow.parquet.write_table(merged.to_arrow(), self.folder / f"{number}.parquet", _SPILLED_GROUP)
-        self.parts = []
+        self.parts = [_NO_WORDS]
 
-    def words(self, min_count: int) -> tuple[str, ...]:
-        """Words seen at least ``min_count`` times, most frequent first, then by first sight."""
-        if self.folder.exists():
-            self.spill()
-            files = pl.scan_parquet(list(self.folder.iterdir()))
-            shares = [files.filter(pl.col("share") == share) for share in range(_SHARES)]
-        else:
-            shares = [pl.concat(self.parts).lazy()]
-        kept = pl.concat(_merged(share).filter(pl.col("count") >= min_count) for share in shares)
+    def words(self, min_count: int, together: Peers) -> tuple[str, ...]:
+        """Words seen at least ``min_count`` times by all processes, most frequent first, then by first sight."""
+        shares = self._on_disk() if any(together.gather(self.folder.exists())) else [pl.concat(self.parts).lazy()]
+        merged = (_merged(share) for share in shares)
+        if together.size > 1:
+            merged = (_merged(pl.concat(together.gather(own)).lazy()) for own in merged)
+        kept = pl.concat([share.filter(pl.col("count") >= min_count) for share in merged])
         return tuple(kept.sort("count", "first", descending=[True, False])["word"])
+
+    def _on_disk(self) -> list[pl.LazyFrame]:
+        self.spill()
+        if not self.folder.exists():
+            return [_NO_WORDS.lazy()] * _SHARES
+        files = pl.scan_parquet(list(self.folder.iterdir()))
+        return [files.filter(pl.col("share") == share) for share in range(_SHARES)]
 
 
 def _merged(parts: pl.LazyFrame) -> pl.DataFrame:
@@ -682,18 +764,24 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
-        self.least, self.most = 0.0, 0.0
+        self.least, self.most = math.inf, -math.inf
+        self.chunks: list[tuple[int, int, float, float, float, float]] = []
 
-    def add(self, numbers: NDArray[np.float64]) -> None:
+    def add(self, numbers: NDArray[np.float64], place: int) -> None:
         if len(numbers):
-            low, high = float(numbers.min()), float(numbers.max())
-            if self.count:
-                low, high = min(low, self.least), max(high, self.most)
-            self.least, self.most = low, high
-            total, delta = self.count + len(numbers), float(numbers.mean()) - self.mean
-            self.squares += float(numbers.var()) * len(numbers) + delta**2 * self.count * len(numbers) / total
-            self.mean += delta * len(numbers) / total
+            mean, variance, low, high = map(float, (numbers.mean(), numbers.var(), numbers.min(), numbers.max()))
+            self.chunks.append((place, len(numbers), mean, variance, low, high))
+
+    def settle(self, together: Peers) -> None:
+        """Put together what all processes saw, in the order of the table, so that all round alike."""
+        for _, count, mean, variance, low, high in sorted(chain(*together.gather(self.chunks))):
+            self.least, self.most = min(low, self.least), max(high, self.most)
+            total, delta = self.count + count, mean - self.mean
+            self.squares += variance * count + delta**2 * self.count * count / total
+            self.mean += delta * count / total
             self.count = total
+        if not self.count:
+            self.least = self.most = 0.0
 
     @property
     def std(self) -> float:
@@ -706,14 +794,28 @@ class _Sample:
 
     def __init__(self, seed: int) -> None:
         self.numbers: NDArray[np.float64] = np.empty(0)
+        self.lots: NDArray[np.float64] = np.empty(0)  # of each number kept, below the share
         self.share = 1.0
-        self.draw = np.random.default_rng(seed)
+        self.seed = seed
 
-    def add(self, numbers: NDArray[np.float64]) -> None:
-        self.numbers = np.concatenate([self.numbers, numbers[self.draw.random(len(numbers)) < self.share]])
+    def add(self, numbers: NDArray[np.float64], place: int) -> None:
+        self._keep([numbers], [np.random.default_rng([self.seed, place]).random(len(numbers))])
+
+    def settle(self, together: Peers) -> None:
+        """Sample what all processes saw."""
+        every = together.gather((self.numbers, self.lots, self.share))
+        self.share = min(share for _, _, share in every)
+        self.numbers = self.lots = np.empty(0)
+        self._keep([numbers for numbers, _, _ in every], [lots for _, lots, _ in every])
+
+    def _keep(self, numbers: Sequence[NDArray[np.float64]], lots: Sequence[NDArray[np.float64]]) -> None:
+        some = [own < self.share for own in lots]
+        self.numbers = np.concatenate([self.numbers, *(x[kept] for x, kept in zip(numbers, some, strict=True))])
+        self.lots = np.concatenate([self.lots, *(x[kept] for x, kept in zip(lots, some, strict=True))])
         while len(self.numbers) > _SAMPLE:
-            self.numbers = self.numbers[self.draw.random(len(self.numbers)) < 0.5]
             self.share /= 2
+            kept = self.lots < self.share
+            self.numbers, self.lots = self.numbers[kept], self.lots[kept]
 
     def edges(self, count: int) -> tuple[float, ...]:
         """Upper ends of about ``count`` quantiles but the last.
@@ -743,26 +845,31 @@ class _Fitter:
         plan = self.plan
         if plan.kind == "categorical":
             if not plan.hash_buckets:
-                self.counts.add(chunk.text(plan.name))
+                self.counts.add(chunk.text(plan.name), chunk.place)
         elif plan.kind == "sequence":
             items, lengths = items_of(plan, chunk)
             self.longest = max(self.longest, int(lengths.max(initial=0)))
             if not plan.hash_buckets:
-                self.counts.add(items)
+                self.counts.add(items, chunk.place)
         elif plan.numeric == "bucket":
             self.buckets.update(criteo_bucket(chunk.numbers(plan.name)).drop_nulls().unique())
         else:
             numbers = chunk.numbers(plan.name).drop_nulls().to_numpy()
-            (self.sample if plan.numeric == "quantile" else self.moments).add(numbers)
+            (self.sample if plan.numeric == "quantile" else self.moments).add(numbers, chunk.place)
 
-    def field(self) -> Field:
+    def field(self, together: Peers) -> Field:
+        """The field as all processes have seen it."""
         plan = self.plan
+        self.longest = max(together.gather(self.longest))
+        self.buckets.update(*together.gather(self.buckets))
+        self.moments.settle(together)
+        self.sample.settle(together)
         if plan.kind == "sequence":
             plan = replace(plan, max_length=plan.max_length or min(self.longest, _LONGEST))
         if plan.hash_buckets:
             return plan
         if plan.kind != "numeric":
-            words = self.counts.words(plan.min_count)
+            words = self.counts.words(plan.min_count, together)
             if 0 < self.config.hash_above < len(words):
                 return replace(plan, hash_buckets=self.config.hash_above)
             return replace(plan, words=words)
@@ -779,7 +886,9 @@ class _Fitter:
         return replace(plan, words=words, edges=edges)
 
 
-def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool, leaks: Leaks) -> list[Field]:
+def _fit(
+    raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: bool, leaks: Leaks, together: Peers
+) -> list[Field]:
     with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
         fitters = [_Fitter(plan, config, Path(folder) / str(place)) for place, plan in enumerate(plans)]
         by_name = {fitter.plan.name: fitter for fitter in fitters}
@@ -794,21 +903,21 @@ def _fit(raw: RawTable, plans: Iterable[Field], config: TableConfig, has_test: b
                 fitter.update(training)
             while sum(counts.held for counts in {id(f.counts): f.counts for f in fitters}.values()) > _HELD:
                 max((fitter.counts for fitter in fitters), key=lambda counts: counts.held).spill()
-        return [fitter.field() for fitter in fitters]
+        leaks.settle(together)
+        return [fitter.field(together) for fitter in fitters]
 
 
 # -- the labels of the splits ----------------------------------------------------------------------------------
 
 
-def _check_classes(raw: RawTable, schema: Schema, splits: Mapping[Split, Rows]) -> None:
+def _check_classes(data: TableData) -> None:
     """AUC is undefined on a split with one class."""
-    for split, rows in splits.items():
-        for place, label in enumerate(schema.labels):
-            values = rows.label[:, place]
-            if label.classes and values.min() == values.max():
-                only = label.classes[int(values[0])]
+    for split in data.splits:
+        for label, mean in zip(data.schema.labels, data.label_means(split), strict=True):
+            if label.classes and mean in (0, 1):
+                only = label.classes[int(mean)]
                 raise UserError(
-                    f"{raw.path}: all {len(values)} {split} rows have {label.name} = {only!r}, so that no AUC can be "
+                    f"{data.source}: all {data.num_rows(split)} {split} rows have {label.name} = {only!r}, so that no AUC can be "
                     "measured; give more rows, other ratios, another seed or a split column"
                 )
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from penstock._version import __version__
 from penstock.data.base import Data, Source
+from penstock.data.parts import Peers, processes, reading_together
 from penstock.errors import UserError
 from penstock.gates import watch
 from penstock.gates.core import GateNotFoundError
@@ -117,7 +118,8 @@ class Job:
         if options.seeds < 1:
             raise UserError(f"--seeds {options.seeds}: at least 1")
         with _user_errors():
-            with reporter.reading():
+            several = options.hardware.devices * options.hardware.num_nodes > 1
+            with reporter.reading(), reading_together(processes() if several else Peers()):
                 data = data or found.load_data(config, options.source)
             arms = found.arms(config, data.spec)
             if unknown := set(options.arms) - set(arms):
@@ -365,6 +367,7 @@ def run(
         if main_process():
             from penstock.lab.report import write_report
 
+            # Of a divided table it shows this process's rows, where it looks at rows; `penstock report` reads them all.
             with reporter.bar("report", 0, announce=False):
                 write_report(folder, job.data)
     finally:

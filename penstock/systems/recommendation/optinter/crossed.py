@@ -19,6 +19,7 @@ from torch import Tensor
 
 from penstock.data.clicks import ClickLog, ClickLogConfig
 from penstock.data.ondisk import release
+from penstock.data.parts import Peers, peers
 from penstock.data.schema import Schema
 from penstock.data.tables import TableData
 from penstock.errors import UserError
@@ -85,13 +86,16 @@ def megabytes(rows: int, dim: int) -> float:
     return rows * dim * 4 * 4 / 2**20
 
 
-def count_crosses(ids_NF: NDArray[np.int32], schema: Schema, config: CrossConfig) -> Crosses:
+def count_crosses(
+    ids_NF: NDArray[np.int32], schema: Schema, config: CrossConfig, together: Peers | None = None
+) -> Crosses:
     """Find the combinations that are frequent enough, pair by pair, so that one pair's are in memory at a time.
 
     Args:
         ids_NF: global ids of the training rows.
         schema: of the table.
         config: how.
+        together: the processes of which each has some of these rows; default: all are here.
     """
     fields = schema.of("ids")
     sizes = [f.size for f in fields]
@@ -107,6 +111,10 @@ def count_crosses(ids_NF: NDArray[np.int32], schema: Schema, config: CrossConfig
             keys, place = np.unique(np.concatenate([keys, new]), return_inverse=True)
             counts = np.bincount(place, np.concatenate([counts, times])).astype(np.int64)
         release([ids_NF])  # rows on disk would otherwise stay in memory once they were read
+        if together is not None:
+            every = together.gather((keys, counts))
+            keys, place = np.unique(np.concatenate([own for own, _ in every]), return_inverse=True)
+            counts = np.bincount(place, np.concatenate([own for _, own in every])).astype(np.int64)
         frequent = keys[counts >= config.min_count]
         exact.append(len(frequent) <= config.hash_above)
         rows.append(len(frequent) + 1 if exact[-1] else config.hash_above)
@@ -139,14 +147,15 @@ class CrossedTable(TableData):
                 f"{table.source}: categorical fields: {names}; a pair needs two or more (numbers are among them with "
                 "--table.numeric bucket or quantile)"
             )
-        crosses = count_crosses(table.splits["train"].ids, table.schema, config)
+        together = peers.get() if "train" in table.shares else None
+        crosses = count_crosses(table.splits["train"].ids, table.schema, config, together)
         total, hashed = sum(crosses.rows), len(crosses.rows) - sum(crosses.exact)
         note = (
             f"crosses of {len(crosses.rows)} pairs of fields: {total:,} rows"
             + (f" ({hashed} pairs hashed)" if hashed else "")
             + f", {megabytes(total, dim):,.1f} MB in training at width {dim}"
         )
-        super().__init__(table.schema, table.splits, table.source, [*table.notes, note], table.vectors)
+        super().__init__(table.schema, table.splits, table.source, [*table.notes, note], table.vectors, table.shares)
         self.table = table
         self.spec["crosses"] = crosses.to_spec()
 
