@@ -18,16 +18,19 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch.distributed import HashStore
 
+from penstock._version import __version__
+from penstock.cli import main
 from penstock.data import leaks, ondisk, tables
 from penstock.data.base import Source
 from penstock.data.parts import Processes, deal, reading_together
 from penstock.data.schema import TableBatch
 from penstock.data.tables import SPLITS, TableConfig, TableData, read_table
 from penstock.errors import UserError
-from penstock.lab.store import load, open_run
+from penstock.lab.store import FORMAT, load, open_run
 from penstock.systems.recommendation.optinter.crossed import CrossConfig, CrossedTable
 
 T = TypeVar("T")
@@ -264,6 +267,13 @@ def test_two_processes_test_as_one_does(tmp_path: Path) -> None:
             task.update(metrics, task.step(batch)[1], batch)
     for name, value in metrics.compute().items():
         assert results["arms"]["gated"]["metrics"][name]["mean"] == pytest.approx(float(value), abs=1e-6), name
+
+
+def test_resume_starts_as_many_processes_as_the_run_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"format": FORMAT, "system": "dnn", "version": __version__, "hardware": {"devices": 2}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(about))
+    monkeypatch.setattr("penstock.cli._launch", lambda options, arguments: 40 + options.hardware.devices)
+    assert main(["run", "dnn", "--resume", str(tmp_path)]) == 42
 
 
 def test_a_fault_in_one_part_is_one_line_and_code_2(tmp_path: Path) -> None:

@@ -111,7 +111,10 @@ class System(ABC, Generic[C]):
         return [lambda: Stage(self.task_for(data.spec)(model, config.train, data))]  # type: ignore[attr-defined]
 
     def measure(self, arm: str, task: Task, config: C, data: Data, seed: int) -> dict[str, float]:
-        """Further numbers of a trained arm (interventions, sinks), added to its test metrics."""
+        """Further numbers of a trained arm (interventions, sinks), added to its test metrics.
+
+        All processes of a run call it, and each has its own rows; torchmetrics' metrics bring them together.
+        """
         return {}
 
     def findings(self, model: nn.Module, config: C, data: Data) -> dict[str, Table]:
@@ -120,7 +123,8 @@ class System(ABC, Generic[C]):
         Args:
             model: the arm, in evaluation mode.
             config: of the run.
-            data: of the run; statistics are of its first test batches.
+            data: of the run; statistics are of its first test batches, which in a run of several processes are those of
+                the first one.
         """
         return {}
 
