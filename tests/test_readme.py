@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -25,11 +27,21 @@ def blocks(language: str) -> list[str]:
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {}
-    exec(blocks("python")[0], names)
+    (code,) = [block for block in blocks("python") if "penstock.watch(" in block]
+    exec(code, names)
     printed = capsys.readouterr().out
     assert "from_input" in printed
     assert "shuffle" in printed
     assert not torch.equal(names["y"], names["y_open"])  # type: ignore[arg-type]
+
+
+def test_the_estimator_is_used_as_shown() -> None:
+    draw = np.random.default_rng(0)
+    frame = pl.DataFrame({"city": draw.choice(["Oslo", "Rome"], 200), "price": draw.normal(size=200)})
+    (code,) = [block for block in blocks("python") if "ClickClassifier" in block]
+    names: dict[str, object] = {"frame": frame, "clicks": draw.integers(0, 2, 200)}
+    exec(code.replace("epochs=10", "epochs=1"), names)
+    assert np.isfinite(names["scores"]).all()  # type: ignore[call-overload]
 
 
 def test_the_operators_run_as_shown() -> None:
