@@ -107,6 +107,28 @@ def test_columns_of_gaps_are_noted(tmp_path: Path) -> None:
     assert not any(note.startswith("user_id: ") for note in notes)
 
 
+def test_a_column_of_numbers_but_for_some_cells_is_noted(tmp_path: Path) -> None:
+    price = (
+        pl.when(pl.int_range(pl.len()) == 17)
+        .then(pl.lit("n.a."))
+        .otherwise(pl.col("price").cast(pl.String))
+        .alias("price")
+    )
+    notes = read(tmp_path, table().with_columns(price)).notes
+    assert (
+        "price is nearly all numbers, but not 'n.a.' in row 18 of clicks.csv; it is read as words: clear such"
+        in str(notes)
+    )
+    assert not any("nearly" in note for note in read(tmp_path, table().with_columns(price), "price: categorical").notes)
+
+
+def test_a_column_of_which_no_value_is_seen_again_is_noted(tmp_path: Path) -> None:
+    frame = table().with_columns(key=pl.format("k{}", pl.int_range(pl.len())))
+    (note,) = [note for note in read(tmp_path, frame).notes if note.startswith("key: ")]
+    assert "none of its values is seen 2 times in training" in note
+    assert not any(note.startswith("key: ") for note in read(tmp_path, frame, min_count=1).notes)
+
+
 # -- leaks ---------------------------------------------------------------------------------------------------
 
 

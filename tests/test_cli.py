@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -114,3 +115,14 @@ def test_a_table_is_shown_as_it_was_understood(tmp_path: Path, capsys: pytest.Ca
     scores = tmp_path / "scores.csv"
     assert main(["predict", str(out), "--data", str(table), "--output", str(scores)]) == 0
     assert len(scores.read_text().splitlines()) == 301
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(arguments: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/last.ckpt")
+
+    monkeypatch.setitem(COMMANDS, "run", full)
+    assert main(["run", "optfs"]) == 2
+    assert capsys.readouterr().err == (
+        "penstock: runs/x/last.ckpt: the disk is full; make room, and go on with --resume RUN\n"
+    )

@@ -198,6 +198,9 @@ def test_minmax_uses_the_ends_of_training(tmp_path: Path) -> None:
         ("history: {share: item}\ncity: {share: history}", "history shares the ids of item itself; say share: item"),
         ("history: {share: item, hash_buckets: 9}", "history: has the ids of item; give hash_buckets there"),
         ("history: {shared: item}", "'shared' is no setting; there are kind, numeric,"),
+        ("city: {hash_buckets: true}", "hash_buckets is True and must be a whole number"),
+        ("city: {numeric: minmax}", "city: numeric is for a numeric column, and this is categorical"),
+        ("price: {max_length: 3}", "price: max_length is for a sequence column, and this is numeric"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path: Path, columns: str, message: str) -> None:
@@ -216,3 +219,38 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     capsys.readouterr()
     assert main(["predict", str(out), "--data", str(tmp_path / "clicks.csv"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 400
+
+
+def test_whole_numbers_that_share_or_hash_ids_are_categories(tmp_path: Path) -> None:
+    frame = table().with_columns(shop=pl.int_range(pl.len()) % 40, other=pl.int_range(pl.len()) % 30)
+    data = read(tmp_path, "shop: {hash_buckets: 9}\nhistory: {share: other}\n", frame)
+    fields = {f.name: f for f in data.schema.fields}
+    assert (fields["shop"].kind, fields["shop"].hash_buckets) == ("categorical", 9)
+    assert (fields["other"].kind, fields["history"].share) == ("categorical", "other")
+    plain = {f.name: f.kind for f in read(tmp_path, "{}", frame).schema.fields}
+    assert plain["shop"] == plain["other"] == "numeric"
+
+
+@pytest.mark.parametrize("name", SYSTEMS[:4])
+def test_published_settings_take_ids_that_are_numbers(tmp_path: Path, name: str) -> None:
+    presets = system(name).presets
+    assert presets
+    for preset, config in presets.items():
+        assert (config.table.whole_numbers == "inferred") == ("criteo" in preset), preset
+    frame = pl.DataFrame({"user": [n % 40 for n in range(400)], "click": [n % 3 == 0 for n in range(400)]})
+    frame.write_csv(tmp_path / "frappe.csv")
+    config = TableConfig(min_count=1, whole_numbers="categorical")
+    (user,) = read_table(config, Source(tmp_path / "frappe.csv", None, "click")).schema.fields
+    assert (user.kind, len(user.words)) == ("categorical", 40)
+
+
+def test_a_list_that_shares_words_stays_a_sequence(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    items = draw.integers(0, 9, 300)
+    frame = pl.DataFrame({"item": items, "history": [[int(i), int(i) % 3] for i in items], "click": items % 2})
+    frame.write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "columns.yaml").write_text("history: {share: item}\n")
+    found = read_table(
+        TableConfig(columns=str(tmp_path / "columns.yaml")), Source(tmp_path / "a.parquet", None, "click")
+    )
+    assert {one.name: one.kind for one in found.schema.fields} == {"item": "categorical", "history": "sequence"}

@@ -227,7 +227,9 @@ def test_frames_that_do_not_fit() -> None:
         ValueError, match=r"unseen at fit time:\n- town\nFeature names seen at fit time, yet now missing:\n- city"
     ):
         classifier.predict(new.rename({"city": "town"}))
-    with pytest.raises(UserError, match="the frame, row 1, column 'price': 'dear' is not a finite number"):
+    with pytest.raises(
+        UserError, match="the frame, column 'price': holds text, as 'dear', where the training table has"
+    ):
         classifier.predict(new.with_columns(price=pl.lit("dear")))
     assert classifier.predict_proba(new[:0]).shape == (0, 2)
 

@@ -418,6 +418,9 @@ def test_two_million_rows_stream(tmp_path: Path) -> None:
 
 BROKEN = {
     "empty": (b"", "the file is empty"),
+    "blank_first_line": (b"\nx,click\na,0\n", "the first line is blank; it must name the columns"),
+    "workbook": (b"PK\x03\x04\xff,click\n", "is no text, or not in UTF-8"),
+    "utf16": ("x,click\na,0\n".encode("utf-16"), "is no text, or not in UTF-8"),
     "header_only": (b"x,click\n", "there is a header and no row"),
     "cut_off": (
         b"x,y,click\na,b,0\na,b,1\na,",
@@ -631,3 +634,40 @@ def test_a_header_that_is_no_criteo_row_stays_a_header(tmp_path: Path) -> None:
     path = tmp_path / "train.tsv"
     path.write_text("\t".join(["label", *(f"c{n}" for n in range(39))]) + "\n" + _criteo(300))
     assert read_table(TableConfig(), Source(path, None, None)).spec["fields"][0] == "c0"
+
+
+def test_old_line_ends_and_bars_between_cells_are_read(tmp_path: Path) -> None:
+    path = saved(tmp_path, frame().drop("tags"))
+    plain = everything(read(path))
+    for old, new in (("\n", "\r"), (",", "|")):
+        (tmp_path / "other.csv").write_bytes(path.read_text().replace(old, new).encode())
+        other = everything(read(tmp_path / "other.csv"))
+        assert all(same(plain[split], other[split]) for split in plain)
+
+
+def test_what_other_programs_leave_beside_parts_is_no_part(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    (folder / "_temporary").mkdir(parents=True)
+    frame().write_parquet(folder / "part-0.parquet")
+    for name in ("._part-0.parquet", "_temporary/part-1.parquet"):
+        (folder / name).write_bytes(b"no Parquet")
+    assert RawTable(folder).parts == [folder / "part-0.parquet"]
+
+
+def test_durations_are_numbers_and_nested_lists_are_refused(tmp_path: Path) -> None:
+    long = pl.duration(minutes=pl.int_range(pl.len()))
+    (chunk,) = RawTable(saved(tmp_path, frame().select(long.alias("x"), "click"), "a.parquet")).chunks()
+    assert chunk.frame["x"].to_list()[:3] == [0.0, 60.0, 120.0]
+    nested = frame().select(
+        pl.concat_list("price").implode().over("click", mapping_strategy="join").alias("x"), "click"
+    )
+    with pytest.raises(UserError, match="column 'x': holds large_list"):
+        read(saved(tmp_path, nested, "b.parquet"))
+
+
+def test_settings_from_python_are_checked(tmp_path: Path) -> None:
+    path = saved(tmp_path, frame())
+    with pytest.raises(UserError, match="numeric='log' must be one of bucket, quantile, standardize, minmax"):
+        read(path, numeric="log")
+    with pytest.raises(UserError, match="group_column='click' is the label"):
+        read(path, group_column="click")

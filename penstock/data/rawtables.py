@@ -25,6 +25,7 @@ MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N")
 _ATOMIC_SUFFIXES = (".inter", ".user", ".item")  # RecBole's
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".data", "", *_ATOMIC_SUFFIXES)
 _WANTED = "give a .csv, .tsv or .parquet file, or a directory of Parquet parts"
+_COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1")  # zip (as .xlsx), gzip, zstandard, Parquet
 _BLOCK_BYTES = 1 << 21  # Arrow reads up to 32 of these ahead
 _BLOCK_ROWS = 1 << 16
 
@@ -111,7 +112,7 @@ class RawTable:
         self.path = path
         if not path.exists():
             raise UserError(f"{path}: there is no such file or directory")
-        self.parts = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        self.parts = _parts(path) if path.is_dir() else [path]
         if not self.parts:
             raise UserError(f"{path}: the directory holds no .parquet file; {_WANTED}")
         suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix.lower()
@@ -179,15 +180,20 @@ class RawTable:
     def _header(self) -> list[str]:
         try:
             with self._open() as file:
-                line = file.readline().decode("utf-8-sig")
+                bytes_ = file.readline()
+            # A file of an old Mac ends its lines with a carriage return alone.
+            line = next(iter(bytes_.splitlines()), b"").decode("utf-8-sig")
         except UnicodeDecodeError as error:
+            if b"\0" in bytes_ or bytes_.startswith(_COMPRESSED):
+                raise UserError(f"{self.path}: is no text, or not in UTF-8 (UTF-16?); {_WANTED}") from None
             raise UserError(f"{self.path}, header: byte {error.start} is not UTF-8; save the file as UTF-8") from None
         except (OSError, EOFError) as error:
             raise UserError(f"{self.path}: cannot be read ({_first_line(error)})") from None
         if not line.strip():
-            raise UserError(f"{self.path}: the file is empty; its first line must name the columns")
+            what = "the first line is blank; it" if bytes_ else "the file is empty; its first line"
+            raise UserError(f"{self.path}: {what} must name the columns")
         if self.delimiter == ",":
-            self.delimiter = max(",\t;", key=line.count)
+            self.delimiter = max(",\t;|", key=line.count)
         cells = [name.strip() for name in next(csv.reader([line], delimiter=self.delimiter))]
         for left_out in (0, 1):
             if len(cells) == len(CRITEO) - left_out and all(map(re.fullmatch, _CRITEO_CELLS[left_out:], cells)):
@@ -207,7 +213,7 @@ class RawTable:
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(f"{part}: not a readable Parquet file ({_first_line(error)})") from None
             for column in schema:
-                if pa.types.is_struct(column.type) or pa.types.is_map(column.type):
+                if pa.types.is_nested(_item(column.type)):
                     raise UserError(
                         f"{part}, column {column.name!r}: holds {column.type}; "
                         "a table has text, numbers or lists of them"
@@ -277,7 +283,7 @@ class RawTable:
 
 
 def clean(column: pl.Series) -> pl.Series:
-    """Text stripped and with the words for "missing" as null; NaN as null; what is no number, list or text as text."""
+    """Text stripped, words for "missing" and NaN as null; durations in seconds, what is no number, list or text as text."""
     kind = column.dtype
     if isinstance(kind, pl.Array):
         return column.arr.to_list()
@@ -285,8 +291,22 @@ def clean(column: pl.Series) -> pl.Series:
         return column.cast(pl.Float64).fill_nan(None)
     if kind.is_integer() or isinstance(kind, pl.List):
         return column
+    if kind == pl.Duration:
+        return column.dt.total_microseconds() / 1e6
     text = column.cast(pl.String).str.strip_chars()
     return text.set(text.is_in(MISSING), None)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The Parquet files of a folder and of those in it; what begins with a dot or an underscore is not data."""
+    parts = folder.rglob("*.parquet")
+    return sorted(part for part in parts if not any(n[0] in "._" for n in part.relative_to(folder).parts))
+
+
+def _item(kind: pa.DataType) -> pa.DataType:
+    """The type of the items of a list, and any other type itself."""
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return kind.value_type if lists else kind
 
 
 def as_text(column: pl.Series) -> pl.Series:

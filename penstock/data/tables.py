@@ -41,6 +41,7 @@ from penstock.data.vectors import Vectors, read_vectors
 from penstock.errors import UserError
 
 Split = Literal["train", "validation", "test"]
+WholeNumbers = Literal["inferred", "categorical"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 _SPLIT_NAMES = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2, "testing": 2}
@@ -49,6 +50,8 @@ _SEPARATORS = ("^", "|")
 _SETTINGS = (  # of the columns file
     *("kind", "numeric", "max_length", "min_count", "separator", "hash_buckets", "share", "pretrained", "freeze"),
 )
+_OF_WORDS = frozenset({"hash_buckets", "share", "pretrained"})  # settings that make whole numbers categories
+_ONLY_OF = {"numeric": "numeric", "separator": "sequence", "max_length": "sequence"}
 _LONGEST = 50  # items of a sequence, unless the columns file says otherwise
 _FEW = 10  # whole numbers with no more different values than this are categories
 _SAMPLE = 1 << 20  # numbers kept to find quantiles
@@ -94,6 +97,9 @@ class TableConfig:
     numeric: Numeric = "bucket"
     """Numbers become categories, as for Criteo (x > 2: floor(ln(x)^2), else int(x)) or by quantile, or stay numbers,
     each times a learned vector of its column: standardised, or scaled to 0 .. 1 (minmax)."""
+    whole_numbers: WholeNumbers = "inferred"
+    """Of columns that the columns file does not name: whole numbers are numbers unless they are few or named as ids;
+    or all are categories, as in the published settings for Avazu, Frappe and MovieLens."""
     num_quantiles: int = 20
     """Categories of a number cut by quantile, about; a value that would fill one has one to itself."""
     memory_mb: int = 1024
@@ -112,6 +118,13 @@ class TableConfig:
         for how, column in (("time", self.time_column), ("user", self.user_column)):
             if (self.split == how) != bool(column):
                 raise UserError(f"split={self.split} and {how}_column={column!r}: one goes with the other")
+        for name, kinds in (
+            ("split", ("random", "time", "user")),
+            ("numeric", get_args(Numeric)),
+            ("whole_numbers", get_args(WholeNumbers)),
+        ):
+            if getattr(self, name) not in kinds:
+                raise UserError(f"{name}={getattr(self, name)!r} must be one of {', '.join(kinds)}")
         for name, least in (("min_count", 1), ("num_quantiles", 2), ("memory_mb", 0), ("hash_above", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be {least} or more")
@@ -246,6 +259,8 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
         raise UserError(
             f"{raw.path}: no column {config.group_column!r} to group by; {did_you_mean(config.group_column, raw.columns)}"
         )
+    if config.group_column in targets:
+        raise UserError(f"group_column={config.group_column!r} is the label; give a column of users or sessions")
     overrides = _read_overrides(config, raw)
     if held_out is not None:
         held_out.must_have([*targets, *filter(None, [config.group_column])])
@@ -265,7 +280,13 @@ def read_table(config: TableConfig, source: Source, *, labels: Literal["binary",
     leaks = Leaks(plans, label_fields)
     schema = Schema.lay_out(_fit(own, plans, config, has_test, leaks, together), label_fields, config.group_column)
     notes += leaks.notes()
-    vectors, coverage = read_vectors(schema, overrides, config.columns)
+    notes += [
+        f"{one.name}: none of its values is seen {one.min_count} times in training, so that all share one id and say "
+        "nothing; drop it, or give it a smaller min_count"
+        for one in schema.fields
+        if one.part != "numeric" and not (one.words or one.numeric or one.hash_buckets or one.share)
+    ]
+    vectors, coverage = read_vectors(schema, {**raw.settings, **overrides}, config.columns or "columns")
     notes += coverage
     notes += [f"{x.name}: {x.classes[0]!r} became 0 and {x.classes[1]!r} became 1" for x in label_fields if x.classes]
 
@@ -371,6 +392,10 @@ class _Seen:
     is_number: bool = True
     is_whole: bool = True
     is_list: bool = False
+    numbers: int = 0
+    """How many values are numbers, as long as these are most of a block of rows."""
+    odd: str = ""
+    """The first value that is none, and its row."""
     distinct: set[str] = field(default_factory=set)
     separated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SEPARATORS, 0))
     alone: dict[str, tuple[Chunk, int, str]] = field(default_factory=dict)
@@ -387,9 +412,13 @@ class _Seen:
         if isinstance(column.dtype, pl.List):
             self.is_list, self.is_number = True, False
             return
-        if self.is_number:
+        if 2 * self.numbers >= self.present - len(present):
             numbers = present.cast(pl.Float64, strict=False)
-            self.is_number = not numbers.null_count()
+            self.numbers += len(numbers) - numbers.null_count()
+            if not self.odd and numbers.null_count():
+                self.is_number = False
+                at = (column.cast(pl.Float64, strict=False).is_null() & column.is_not_null()).arg_true()[0]
+                self.odd = f"{column[at]!r} in row {chunk.start + at} of {chunk.path.name}"
             self.is_whole &= self.is_number and bool((numbers % 1 == 0).all())
         if len(self.distinct) <= _FEW:
             self.distinct.update(as_text(present.unique()).sort()[: 2 * _FEW].to_list())
@@ -416,6 +445,8 @@ class _Seen:
         self.is_number &= later.is_number
         self.is_whole &= later.is_whole
         self.is_list |= later.is_list
+        self.numbers += later.numbers
+        self.odd = self.odd or later.odd
         self.distinct |= later.distinct
         self.separated = {s: count + later.separated[s] for s, count in self.separated.items()}
         self.alone = later.alone | self.alone
@@ -611,7 +642,7 @@ def _check_override(where: str, settings: Mapping[str, Any]) -> None:
         if key in choices:
             right, fits = f"one of {', '.join(choices[key])}", value in choices[key]
         elif key in ("max_length", "min_count", "hash_buckets"):
-            right, fits = "a whole number, 1 or more", isinstance(value, int) and value >= 1
+            right, fits = "a whole number, 1 or more", type(value) is int and value >= 1
         elif key == "freeze":
             right, fits = "true or false", isinstance(value, bool)
         elif key in ("separator", "share", "pretrained"):
@@ -630,6 +661,7 @@ def _plan(
     notes = [*raw.notes, *["a column without a name was left out"] * ("" in raw.columns)]
     if not raw.has_header:
         notes.append("there is no header: read in Criteo's layout, a label, the counts I1 to I13 and C1 to C26")
+    owners = {settings.get("share") for settings in overrides.values()}
     for name, seen in scan.columns.items():
         settings = {**raw.settings.get(name, {}), **overrides.get(name, {})}
         if name in other or settings.get("kind") == "drop":
@@ -641,6 +673,16 @@ def _plan(
             notes.append(f"{name}: {1 - seen.present / sum(scan.rows.values()):.0%} of its values are missing")
         known: Kind = "numeric" if name.startswith("I") else "categorical"
         kind: Kind = settings.get("kind") or (_infer(name, seen) if raw.has_header else known)
+        asked = name in owners or not _OF_WORDS.isdisjoint(settings) or config.whole_numbers == "categorical"
+        if "kind" not in settings and raw.has_header and seen.is_number and seen.is_whole and asked:
+            kind = "categorical"
+        for key, wanted in _ONLY_OF.items():
+            if key in overrides.get(name, {}) and kind != wanted:
+                raise UserError(f"{config.columns}, {name}: {key} is for a {wanted} column, and this is {kind}")
+        if "kind" not in settings and kind == "categorical" and 0.9 * seen.present <= seen.numbers < seen.present:
+            notes.append(
+                f"{name} is nearly all numbers, but not {seen.odd}; it is read as words: clear such cells to have it numeric"
+            )
         usual = max(_SEPARATORS, key=lambda s: seen.separated[s])
         if kind == "sequence" and "separator" not in settings:
             seen.one_separator(name, usual)
@@ -931,6 +973,7 @@ __all__ = [
     "TableBatch",
     "TableConfig",
     "TableData",
+    "WholeNumbers",
     "read_rows",
     "read_table",
 ]

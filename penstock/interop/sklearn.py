@@ -35,7 +35,7 @@ from sklearn.utils.validation import (
 
 from penstock.data.frames import FrameSource, FrameTable, is_frame, to_polars
 from penstock.data.schema import Numeric, Schema
-from penstock.data.tables import TableData
+from penstock.data.tables import TableData, checked_chunks
 from penstock.errors import UserError, nearest
 from penstock.lab.cards import PLAIN_MODELS, all_cards
 from penstock.lab.config import override
@@ -198,7 +198,7 @@ class ClickClassifier(ClassifierMixin, BaseEstimator):
         device = next(self.model_.parameters()).device
         logits = [torch.empty(0)]
         with torch.no_grad():
-            for chunk in table.chunks():
+            for chunk in checked_chunks(self.schema_, table, "score", table.columns):
                 rows = self.schema_.encode(chunk, with_labels=False)
                 for first in range(0, len(rows.label), _ROWS):
                     batch = rows.batch(slice(first, first + _ROWS))

@@ -16,7 +16,7 @@ from penstock.errors import UserError
 from penstock.lab.cards import PLAIN_MODELS, card
 from penstock.lab.config import override, untouched
 from penstock.lab.progress import Reporter
-from penstock.lab.run import Job, Options, command, environment
+from penstock.lab.run import Job, Options, command, environment, measured_of
 from penstock.lab.store import RunFolder, write_atomically
 from penstock.lab.system import System, system
 
@@ -61,6 +61,7 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
     reporter = Reporter()
     jobs = _jobs(systems, config, options, reporter)
     folder = RunFolder.create("compare", options.out)
+    reporter.say(next(iter(jobs.values())).data.overview())
     try:
         rows = []
         for name, job in jobs.items():
@@ -80,7 +81,7 @@ def compare(names: list[str], config: Any, options: Options) -> tuple[Path, dict
                         "failed": found.get("failed"),
                     }
                 )
-        metrics = dict(systems[0].task_for(next(iter(jobs.values())).data.spec).leaderboard)
+        metrics = measured_of(systems[0].task_for(next(iter(jobs.values())).data.spec).leaderboard, rows)
         first, mode = next(iter(metrics.items()))
         sign = -1 if mode == "max" else 1
         rows.sort(key=lambda row: sign * row["metrics"][first]["mean"] if first in row["metrics"] else float("inf"))

@@ -150,7 +150,8 @@ def ablate_run(
             total += float(task.reported_loss(loss, outputs, batch)) * task.size(batch)
             count += task.size(batch)
             task.update(metrics, outputs, batch)
-        return {"loss": total / count} | {name: float(v) for name, v in metrics.compute().items()}
+        found = {name: float(v) for name, v in metrics.compute().items() if not name.endswith("_error")}
+        return {"loss": total / count} | found
 
     try:
         with torch.no_grad():

@@ -9,11 +9,11 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -318,7 +318,7 @@ class Job:
             "seeds": list(range(self.options.seeds)),
             "quick": self.options.quick,
             "data": self.data.describe(),
-            "leaderboard": dict(self.system.task_for(self.data.spec).leaderboard),
+            "leaderboard": measured_of(self.system.task_for(self.data.spec).leaderboard, arms.values()),
             "arms": arms,
             "trials": results.trials,
             "claims": [j.to_dict() for j in judgements],
@@ -348,12 +348,16 @@ def run(
     found, judged = system(name), name not in PLAIN_MODELS
     if options.resume is not None:
         folder = RunFolder.open(options.resume, write=main_process())
-        config, options = _resumed(found, folder, options)
-        job = Job.prepare(found, config, options, reporter, judged=judged)
-        if folder.about["described"] != json.loads(plain_json(job.data.describe())):
-            raise UserError(
-                f"{folder.path}: the data is not what it was when the run began; run it again from the start"
-            )
+        try:
+            config, options = _resumed(found, folder, options)
+            job = Job.prepare(found, config, options, reporter, judged=judged)
+            if _content(folder.about["described"]) != _content(json.loads(plain_json(job.data.describe()))):
+                raise UserError(
+                    f"{folder.path}: the data is not what it was when the run began; run it again from the start"
+                )
+        except UserError:
+            folder.release()
+            raise
     else:
         if options.quick:
             config = override(config, untouched(config, found.quick))
@@ -373,6 +377,11 @@ def run(
     finally:
         folder.release()
     return folder, results
+
+
+def _content(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of data but for where it is: a relative path is kept as an absolute one."""
+    return {name: value for name, value in described.items() if name != "source"}
 
 
 def _new_folder(name: str, options: Options) -> RunFolder:
@@ -436,6 +445,14 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def measured_of(
+    board: Mapping[str, Literal["min", "max"]], rows: Iterable[Mapping[str, Any]]
+) -> dict[str, Literal["min", "max"]]:
+    """The metrics of a leaderboard that the data allowed (AUC within groups needs these), or all if there are none."""
+    measured = {name for row in rows for name in row["metrics"]}
+    return {name: mode for name, mode in board.items() if name in measured or not measured}
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

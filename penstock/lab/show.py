@@ -24,7 +24,7 @@ def number(value: Any) -> str:
 
 def show_results(results: dict[str, Any], folder: Path) -> None:
     """Arms with metrics and cost, gates, claims, and where the report is."""
-    console = Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 140)
+    console = Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 170)
     seeds = len(results["seeds"])
     board = results["leaderboard"]
     columns = ["parameters", "flops", "latency_ms", "peak_memory_mb", "train_seconds"]

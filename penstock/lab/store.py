@@ -227,6 +227,8 @@ class Run:
                 f"{self.folder.path}: no trained arm {arm!r}; there are {', '.join(arms)} (did you mean {close[0]}?)"
             )
         path = self.folder.path / "models" / arm / RunFolder._weights(seed)
+        if not path.exists():
+            raise UserError(f"{self.folder.path}: arm {arm} was not trained with seed {seed}; seeds count from 0")
         model = self.system.arms(self.config, self.spec)[arm]()
         return load_strict(model, read_state(path), source=str(path)).eval()
 

@@ -27,6 +27,7 @@ from penstock.gates.core import GateNotFoundError
 from penstock.lab.progress import Reporter
 from penstock.lab.system import Stage, System
 from penstock.tasks.base import Task, Training
+from penstock.tasks.pretrained import start_from_vectors
 
 
 @dataclass
@@ -247,9 +248,12 @@ def check_budget(train: Training, batches: int) -> int:
     """How many optimiser steps a stage takes.
 
     Raises:
-        UserError: if that is none.
+        UserError: if that is none, or a setting is negative.
     """
-    if train.steps <= 0 and train.epochs <= 0:
+    for name in ("steps", "epochs", "lr", "weight_decay", "clip_norm", "patience"):
+        if getattr(train, name) < 0:
+            raise UserError(f"train.{name}={getattr(train, name)} must be 0 or more")
+    if not train.steps and not train.epochs:
         raise UserError("--train.steps and --train.epochs are both 0: one must be positive")
     if batches == 0:
         raise UserError("the training split is empty")
@@ -329,6 +333,7 @@ def train_arm(
     """
     seed_all(seed)
     model = found.arms(config, data.spec)[arm]()
+    start_from_vectors(model, data)
     done: list[Trained] = []
     for number, make in enumerate(found.stages(arm, model, config, data)):
         stage = make()

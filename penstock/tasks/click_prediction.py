@@ -54,7 +54,7 @@ class ClickPrediction(Task):
     """
 
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("auc", "max")
-    leaderboard: ClassVar[Mapping[str, Literal["min", "max"]]] = {"auc": "max", "log_loss": "min"}
+    leaderboard: ClassVar[Mapping[str, Literal["min", "max"]]] = {"auc": "max", "log_loss": "min", "group_auc": "max"}
 
     def __init__(self, model: nn.Module, train: Training, data: Data) -> None:
         super().__init__(model, train, data)
@@ -145,12 +145,13 @@ class ClickPrediction(Task):
     ) -> Iterator[pl.DataFrame]:
         device = next(model.parameters()).device
         row = 0
-        yield pl.DataFrame(schema={"row": pl.Int64, "score": pl.Float64})  # a table without rows has columns, too
         for batch in read_rows(spec, path, batch_size):
             with torch.no_grad():
                 scores = model(*(x.to(device) for x in model_inputs(batch))).sigmoid().double().cpu().numpy()
             yield pl.DataFrame({"row": np.arange(row + 1, row + 1 + len(scores)), "score": scores})
             row += len(scores)
+        if not row:  # a table without rows has columns, too
+            yield pl.DataFrame(schema={"row": pl.Int64, "score": pl.Float64})
 
 
 def clip_norm(grads: list[Tensor], longest: float) -> None:

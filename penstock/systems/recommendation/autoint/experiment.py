@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from penstock.data.base import Data, Source
 from penstock.data.clicks import ClickLog, ClickLogConfig
 from penstock.data.schema import Schema
-from penstock.data.tables import TableConfig, TableData, read_table
+from penstock.data.tables import TableConfig, TableData, WholeNumbers, read_table
 from penstock.gates import Table, force
 from penstock.lab.results import Effect, Results
 from penstock.lab.space import Around, Choice, OneOf, Range
@@ -98,30 +98,34 @@ class AutoIntConfig:
     train: ClickTraining = field(default_factory=_training)
 
 
-def _bars(batch_size: int, min_count: int, regularizer: float, **options: Any) -> AutoIntConfig:
+def _bars(
+    batch_size: int, min_count: int, regularizer: float, whole: WholeNumbers = "categorical", **options: Any
+) -> AutoIntConfig:
     """A setting of the BARS benchmark, trained by FuxiCTR's rules."""
     usual: dict[str, Any] = {"use_scale": False, "use_wide": False, "embedding_std": None, "plateau": True}
     train = _training(epochs=100, batch_size=batch_size, lr=1e-3, clip_norm=10.0)
-    table = TableConfig(min_count=min_count)
+    table = TableConfig(min_count=min_count, whole_numbers=whole)
     return AutoIntConfig(**usual | options, embedding_regularizer=regularizer, table=table, train=train)
 
 
-def _authors(epochs: int, **options: Any) -> AutoIntConfig:
+def _authors(epochs: int, whole: WholeNumbers = "categorical", **options: Any) -> AutoIntConfig:
     """A setting of the authors' code: three blocks of width 64, two heads."""
     usual: dict[str, Any] = {"dialect": "tf", "dim": 16, "attention_dims": (64,) * 3, "num_heads": 2}
     usual |= {"layer_norm": True, "use_wide": False, "embedding_std": None, "dnn_dropout": 0.5}
     train = _training(epochs=epochs, batch_size=1024, lr=1e-3, patience=4)
     # They keep values seen more than ten times, and numbers as numbers.
-    return AutoIntConfig(**usual | options, table=TableConfig(min_count=11, numeric="standardize"), train=train)
+    table = TableConfig(min_count=11, numeric="standardize", whole_numbers=whole)
+    return AutoIntConfig(**usual | options, table=table, train=train)
 
 
 #: The published settings, for ``--preset criteo``; the data are the user's to bring.
 PUBLISHED: dict[str, AutoIntConfig] = {
-    "criteo": _bars(10_000, 10, 1e-5, dim=16, attention_dims=(64,) * 5, num_heads=1),
+    "criteo": _bars(10_000, 10, 1e-5, "inferred", dim=16, attention_dims=(64,) * 5, num_heads=1),
     "criteo_plus": _bars(
         10_000,
         10,
         1e-5,
+        "inferred",
         dim=16,
         attention_dims=(64,) * 5,
         num_heads=1,
@@ -147,8 +151,8 @@ PUBLISHED: dict[str, AutoIntConfig] = {
     "movielens": _bars(
         4096, 1, 0.01, dim=10, attention_dims=(128,) * 2, num_heads=4, use_scale=True, layer_norm=True, use_wide=True
     ),
-    "authors_criteo": _authors(3),
-    "authors_criteo_plus": _authors(3, dnn_hidden_units=(400, 400), dnn_dropout=0.0),
+    "authors_criteo": _authors(3, "inferred"),
+    "authors_criteo_plus": _authors(3, "inferred", dnn_hidden_units=(400, 400), dnn_dropout=0.0),
     "authors_avazu": _authors(1),
     "authors_movielens": _authors(50, dropout=0.4, embedding_dropout=0.1),
 }

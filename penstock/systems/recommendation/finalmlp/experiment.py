@@ -134,7 +134,7 @@ PUBLISHED: dict[str, FinalMLPConfig] = {
         contexts=(tuple(f"I{i}" for i in range(1, 14)), ("C6",)),
     ),
     "avazu_x1": _published(
-        TableConfig(min_count=1, validation_ratio=0.1, test_ratio=0.2),
+        TableConfig(min_count=1, validation_ratio=0.1, test_ratio=0.2, whole_numbers="categorical"),
         (
             StreamConfig((400, 400, 400), dropout=0.3, batch_norm=True),
             StreamConfig((800,), dropout=0.3, batch_norm=True),
@@ -145,7 +145,7 @@ PUBLISHED: dict[str, FinalMLPConfig] = {
         regularizer="0.05",
     ),
     "movielenslatest_x1": _published(
-        TableConfig(min_count=1, validation_ratio=0.2, test_ratio=0.1),
+        TableConfig(min_count=1, validation_ratio=0.2, test_ratio=0.1, whole_numbers="categorical"),
         (StreamConfig((400,), dropout=0.4, batch_norm=True), StreamConfig((800,), dropout=0.2, batch_norm=True)),
         dim=10,
         gate=800,
@@ -153,7 +153,7 @@ PUBLISHED: dict[str, FinalMLPConfig] = {
         regularizer="0.01",
     ),
     "frappe_x1": _published(
-        TableConfig(min_count=1, validation_ratio=0.2, test_ratio=0.1),
+        TableConfig(min_count=1, validation_ratio=0.2, test_ratio=0.1, whole_numbers="categorical"),
         (StreamConfig((400,), dropout=0.4, batch_norm=True), StreamConfig((100,), dropout=0.4, batch_norm=True)),
         dim=10,
         gate=400,
@@ -171,7 +171,7 @@ PUBLISHED: dict[str, FinalMLPConfig] = {
         batch_size=10_000,
     ),
     "avazu_x4_001": _published(
-        TableConfig(min_count=2),
+        TableConfig(min_count=2, whole_numbers="categorical"),
         (StreamConfig((2000,) * 3, dropout=0.0, batch_norm=True), StreamConfig((500,), dropout=0.0)),
         dim=16,
         gate=1000,

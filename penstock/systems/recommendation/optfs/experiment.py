@@ -106,6 +106,7 @@ PUBLISHED: dict[str, OptFSConfig] = {
         reg="sum",
         penalty=weight,
         search=Search(epochs, rewind, temperature),
+        table=TableConfig(whole_numbers="inferred" if dataset == "criteo" else "categorical"),
         train=_training(epochs=20, batch_size=4096, lr=lr, weight_decay=l2),
     )
     for dataset, choices in _CHOICES.items()

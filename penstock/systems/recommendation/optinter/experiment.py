@@ -136,7 +136,7 @@ PUBLISHED: dict[str, OptInterConfig] = {
         mlp_dims=(500,) * 5,
         search=MethodSearch(10, 1, 1e-3, 1e-3, 0.0, 5e-5, "xavier", count_eval_calls=True),
         crosses=CrossConfig(min_count=1, hash_above=10**9, memory_mb=16_384),
-        table=TableConfig(min_count=5, numeric="standardize"),
+        table=TableConfig(min_count=5, numeric="standardize", whole_numbers="categorical"),
         train=_training(batch_size=2000, lr=1e-3, weight_decay=3e-8),
     ),
 }
