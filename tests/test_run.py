@@ -224,6 +224,8 @@ def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(tmp_path: Path, capsys: pyte
     process = subprocess.Popen(
         [sys.executable, "-m", "penstock", "run", "gated_attention", *flags, "--out", str(out)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # Where the tests run in the background of a shell, Ctrl-C is ignored and would be by this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(out.glob("checkpoints/*.ckpt")):
