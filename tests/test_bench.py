@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from penstock.errors import UserError
 from penstock.lab import bench as module
 from penstock.lab import tablebench
 from penstock.lab.bench import Benchmark, Contest, bench, benchmarks
+from penstock.lab.peer import Peer
 
 
 @pytest.fixture
@@ -67,3 +69,12 @@ def test_tables_on_disk_and_in_memory_are_the_same_work(monkeypatch: pytest.Monk
     disk, *others = seen.values()
     assert len(disk) == 6
     assert all(other == disk for other in others)
+
+
+def test_a_peer_is_called_in_a_process_of_its_own_and_its_end_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    peer = Peer(partial(partial, print, "called", flush=True))
+    peer()
+    assert capfd.readouterr().out.count("called") == 2, "once when it is made, once when it is called"
+    with pytest.raises(RuntimeError, match="the peer's process has ended"):
+        Peer(partial(partial, int, "no number"))
+    assert "invalid literal" in capfd.readouterr().err

@@ -30,13 +30,12 @@ class Peer:
         """Call it once and wait for its end.
 
         Raises:
-            RuntimeError: with what went wrong there.
+            RuntimeError: if its process has ended; what went wrong stands on the terminal then.
         """
-        self._here.send(None)
         try:
-            if failed := self._here.recv():
-                raise RuntimeError(f"the peer failed: {failed}")
-        except EOFError:
+            self._here.send(None)
+            self._here.recv()
+        except (EOFError, BrokenPipeError):
             raise RuntimeError("the peer's process has ended") from None
 
 
@@ -48,9 +47,6 @@ def _serve(pipe: Connection, make: Callable[[], Callable[[], Any]], threads: int
             pipe.recv()
         except EOFError:
             return
-        try:
-            call = call or make()
-            call()
-            pipe.send("")
-        except Exception as error:
-            pipe.send(f"{type(error).__name__}: {error}")
+        call = call or make()
+        call()
+        pipe.send(None)

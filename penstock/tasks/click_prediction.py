@@ -154,6 +154,15 @@ class ClickPrediction(Task):
             yield pl.DataFrame(schema={"row": pl.Int64, "score": pl.Float64})
 
 
+def falling_on_plateaus(optimizer: torch.optim.Optimizer, task: Task) -> dict[str, Any]:
+    """FuxiCTR's rule: after each epoch without a better validation score the learning rate falls tenfold, down to 1e-6."""
+    name, mode = task.monitor
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, factor=0.1, patience=0, threshold=1e-6, threshold_mode="abs", min_lr=1e-6
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": f"val/{name}", "strict": False}}
+
+
 def clip_norm(grads: list[Tensor], longest: float) -> None:
     """Scale gradients, sparse ones among them, down to a norm of ``longest`` over all; as `torch.nn.utils.clip_grad_norm_`."""
     parts = [rows_of(g)[1] if g.is_sparse else g for g in grads]

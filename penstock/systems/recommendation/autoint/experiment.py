@@ -31,7 +31,7 @@ from penstock.systems.recommendation.autoint.model import (
     attention_report,
 )
 from penstock.tasks.base import Task, Training
-from penstock.tasks.click_prediction import ClickPrediction, ClickTraining, model_inputs
+from penstock.tasks.click_prediction import ClickPrediction, ClickTraining, falling_on_plateaus, model_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,14 +200,7 @@ class AutoIntTask(ClickPrediction):
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
-        if not self.plateau:
-            return optimizer
-        name, mode = self.monitor
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode, factor=0.1, patience=0, threshold=1e-6, threshold_mode="abs", min_lr=1e-6
-        )
-        followed = {"scheduler": scheduler, "monitor": f"val/{name}", "strict": False}
-        return {"optimizer": optimizer, "lr_scheduler": followed}
+        return falling_on_plateaus(optimizer, self) if self.plateau else optimizer
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -23,13 +23,11 @@ from penstock.lab.system import Stage, System
 from penstock.systems.recommendation.finalmlp.model import DualMLP, FinalMLP
 from penstock.systems.recommendation.finalmlp.products import ProductLog, ProductLogConfig
 from penstock.tasks.base import Task, Training
-from penstock.tasks.click_prediction import ClickPrediction, ClickTraining, model_inputs
+from penstock.tasks.click_prediction import ClickPrediction, ClickTraining, falling_on_plateaus, model_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: After an epoch without a better score the learning rate falls by this factor, down to the floor (FuxiCTR).
-_PLATEAU, _FLOOR, _MIN_DELTA = 0.1, 1e-6, 1e-6
 #: Test rows on which gates are read for people, and columns of a context that get a table of their own.
 _READ_ROWS, _MOST_CONTEXTS = 200_000, 3
 
@@ -192,14 +190,8 @@ class FinalMLPTask(ClickPrediction):
         self.model.add_penalty()
 
     def configure_optimizers(self) -> Any:
-        if self.train_config.schedule != "constant":
-            return super().configure_optimizers()
-        name, mode = self.monitor
         optimizer = super().configure_optimizers()
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode, _PLATEAU, patience=0, threshold=_MIN_DELTA, threshold_mode="abs", min_lr=_FLOOR
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": f"val/{name}"}}
+        return falling_on_plateaus(optimizer, self) if self.train_config.schedule == "constant" else optimizer
 
     def figures(self) -> dict[str, Figure]:
         figures = super().figures()
